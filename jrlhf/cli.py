@@ -1,0 +1,440 @@
+"""The command line: `jrlhf run | list | show | compare | generate | chat | export`.
+
+Exit codes: 0 done; 1 a bug (with a traceback); 2 a mistake of the user's, in one message; 75 asked to stop
+(SIGTERM), saved, the same command goes on; 130 interrupted by Ctrl-C.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from jrlhf.config import (
+    STOP,
+    Preempted,
+    UserError,
+    apply_overrides,
+    did_you_mean,
+    group_options,
+    print_options,
+    read_json,
+)
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        options = _parse([a for a in argv if a != "--debug"])
+        return options.command(options)
+    except UserError as e:
+        if debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Preempted as e:
+        print(f"stopped ({e}); saved. Run the same command to go on.", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on from the last save", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as e:  # argparse has printed help
+        return int(e.code or 0)
+    except BrokenPipeError:  # `jrlhf list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors, and whose options are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and each command's own."""
+    from jrlhf import __version__
+
+    parser = _Parser(prog="jrlhf", description="Reinforcement learning from human feedback in JAX.")
+    parser.add_argument("--version", action="version", version=f"jrlhf {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made: dict[str, _Parser] = {}
+
+    def command(name: str, function: Any, text: str) -> _Parser:
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(command=function)
+        p.add_argument("--runs-dir", type=Path, help="folder of runs (default: $JRLHF_RUNS, or runs)")
+        p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        made[name] = p
+        return p
+
+    p = command("run", _run, "run an experiment, reusing the stages that are finished")
+    p.usage = "jrlhf run FILE [options] [--FIELD VALUE ...]"
+    p.epilog = "`jrlhf run FILE --help` lists the fields of the experiment."
+    p.add_argument("file", metavar="FILE", help="experiment file (.py), run folder or its config.json")
+    p.add_argument(
+        "--force",
+        nargs="*",
+        metavar="STAGE",
+        help="run these stages (no name: all) and their dependants again",
+    )
+    p.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
+    p.add_argument("--devices", type=int, metavar="N", help="virtual CPU devices (default: at most 2)")
+    p.add_argument("--distributed", action="store_true", help="one of several processes of a cluster")
+    p.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="FILE.py",
+        help="first execute a file that defines classes named in a config.json",
+    )  # fmt: skip
+
+    command("list", _list, "list the runs")
+
+    p = command("show", _show, "show a run's config, stages and results")
+    p.add_argument("run", help="run folder, or the beginning of a run's name")
+
+    p = command("compare", _compare, "write a report that compares runs")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or beginnings of runs' names")
+    p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
+
+    p = command("generate", _generate, "print a model's answers to prompts")
+    _add_model(p)
+    p.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    p.add_argument("--n", type=int, default=1, help="answers to each prompt")
+
+    p = command("chat", _chat, "talk with a model")
+    _add_model(p)
+
+    p = command("export", _export, "save a model as a Hugging Face checkpoint")
+    p.add_argument("model", metavar="MODEL", help=_MODEL)
+    p.add_argument("folder", type=Path, help="folder to write")
+    return parser, made
+
+
+_MODEL = "RUN[:STAGE[:SEED]], a stage folder, or a Hugging Face checkpoint"
+
+
+def _add_model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help=_MODEL)
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    p.add_argument("--seed", type=int, default=0)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    name = next((a for a in argv if not a.startswith("-")), None)
+    if not argv:
+        parser.print_help()
+        raise SystemExit(EXIT_USER_ERROR)
+    if name is not None and name not in commands:
+        raise UserError(f"{name}: no such command.{did_you_mean(name, commands)}")
+    if name == "run":
+        return _parse_run(commands["run"], argv[argv.index("run") + 1 :])
+    options = parser.parse_args(argv)
+    options.runs_dir = options.runs_dir or _default_runs_dir()
+    return options
+
+
+def _parse_run(parser: _Parser, argv: list[str]) -> argparse.Namespace:
+    """`run`'s own options, and apart from them the experiment's (`overrides`)."""
+    own = set(parser._option_string_actions)
+    mine: list[str] = []
+    overrides: list[str] = []
+    for option, values in group_options(argv):
+        if option in ("", *own):
+            mine += [option, *values] if option else values
+        else:
+            overrides += [option, *values]
+    wants_help = [a for a in mine if a in ("-h", "--help")]
+    if wants_help and not (len(mine) > len(wants_help) and not mine[0].startswith("-")):
+        parser.parse_args(["--help"])
+    options = parser.parse_args([a for a in mine if a not in wants_help])
+    options.overrides, options.own, options.help = overrides, own, parser if wants_help else None
+    options.runs_dir = options.runs_dir or _default_runs_dir()
+    return options
+
+
+def _default_runs_dir() -> Path:
+    from jrlhf.experiment import default_runs_dir
+
+    return default_runs_dir()
+
+
+def _wide_console() -> Any:
+    """As wide as the terminal; wide enough for tables where there is none."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from jrlhf import experiment as ex
+
+    if not options.help:
+        _set_up_jax(options.devices, options.runs_dir, options.distributed)
+    for file in options.imports:
+        ex.load_python(Path(file))
+    if not options.file.endswith(".py"):
+        _import_rooms()
+    experiment = ex.load_experiment(options.file)
+    if options.help:
+        options.help.print_help()
+        print()
+        print_options(experiment, f"jrlhf run {options.file}")
+        return 0
+    experiment = apply_overrides(experiment, options.overrides, options.own)
+    force = () if options.force is None else tuple(options.force) or ex.ALL
+    if options.dry_run:
+        _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force))
+        return 0
+    with _stop_on_sigterm():
+        ex.run(experiment, options.runs_dir, force=force)
+    return 0
+
+
+def _import_rooms() -> None:
+    """Make every config class of the package known, so that a config.json can name it."""
+    for room in ("data", "rewards", "lab", "training"):
+        package = importlib.import_module(f"jrlhf.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+def _set_up_jax(devices: int | None, runs_dir: Path, distributed: bool) -> None:
+    """What has to be set before jax looks at its devices.
+
+    On a machine without accelerators jax makes `devices` virtual CPU devices, so that a sharded experiment
+    runs anywhere. Compiled programs are kept in `<runs_dir>/.jax_cache`.
+    """
+    import jax
+
+    if devices is not None and devices < 1:
+        raise UserError(f"--devices: expected at least 1, got {devices}")
+    forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if devices is not None and forced:
+        raise UserError("--devices: XLA_FLAGS already sets --xla_force_host_platform_device_count; unset it")
+    if devices is not None or not (forced or jax.config.jax_num_cpu_devices > 0):
+        count = devices or min(2, os.cpu_count() or 1)
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError:  # jax has started: within a program that calls `main`
+            if devices is not None and jax.device_count("cpu") != devices:
+                raise UserError(
+                    f"--devices {devices}: jax has started with {jax.device_count('cpu')}"
+                ) from None
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
+    if distributed:
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"--distributed: jax found no cluster to join ({e})") from e
+    if devices is not None and jax.default_backend() != "cpu":
+        raise UserError(f"--devices sets virtual CPU devices, but jax runs on {jax.default_backend()} here")
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Within it, a first SIGTERM asks the running stage to save and stop; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        STOP.request()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.write(2, b"SIGTERM: will save and stop; a second SIGTERM kills\n")
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        STOP.clear()
+
+
+def _list(options: argparse.Namespace) -> int:
+    from datetime import datetime
+
+    from rich.table import Table
+
+    from jrlhf import experiment as ex
+
+    runs = ex.run_folders(options.runs_dir)
+    if not runs:
+        print(f"no runs in {options.runs_dir}")
+        return 0
+    table = Table("run", "stages", "seeds", "finished", "last started")
+    for run in runs:
+        stages = ex.stage_folders(run)
+        folders = [f for seeds in stages.values() for f in seeds.values()]
+        finished = sum((f / "done.json").exists() for f in folders)
+        seeds = sorted({int(s) for of_stage in stages.values() for s in of_stage})
+        started = datetime.fromtimestamp((run / "stages.json").stat().st_mtime)
+        table.add_row(
+            run.name, ", ".join(stages), " ".join(map(str, seeds)), f"{finished}/{len(folders)}",
+            f"{started:%Y-%m-%d %H:%M}",
+        )  # fmt: skip
+    _wide_console().print(table)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rich.table import Table
+    from rich.tree import Tree
+
+    from jrlhf import experiment as ex
+
+    run = ex.find_run(options.run, options.runs_dir)
+    console = _wide_console()
+    tree = Tree(f"[bold]{run}[/]", highlight=False)
+    _grow(tree, read_json(run / "config.json"))
+    console.print(tree)
+    table = Table("stage", "seed", "status", "time", "folder", "results")
+    for name, seeds in ex.stage_folders(run).items():
+        for seed, folder in seeds.items():
+            done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
+            status = "finished" if done else "partial" if folder.exists() else "to do"
+            table.add_row(
+                name, seed, status, f"{done['seconds']:.1f} s" if done else "-", folder.name,
+                "\n".join(_flat(done["results"])) if done else "",
+            )  # fmt: skip
+    console.print(table)
+    return 0
+
+
+def _grow(tree: Any, data: Any) -> None:
+    """Add a config's fields to a rich tree."""
+    from rich.markup import escape
+
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        nested = isinstance(value, dict) or (
+            isinstance(value, list) and any(isinstance(v, dict) for v in value)
+        )
+        if nested and value:
+            kind = f" [dim]{value['type']}[/]" if isinstance(value, dict) and "type" in value else ""
+            _grow(tree.add(f"[bold]{escape(str(key))}[/]{kind}"), value)
+        elif key != "type":
+            tree.add(escape(f"{key}: {value}"))
+
+
+def _flat(results: Any, name: str = "") -> Iterator[str]:
+    """Results one per line; long lists are left to the file."""
+    if isinstance(results, dict):
+        for key, value in results.items():
+            yield from _flat(value, f"{name}.{key}" if name else key)
+    elif isinstance(results, list) and len(results) > 8:
+        yield f"{name}: {len(results)} values"
+    else:
+        yield f"{name}: {results:.6g}" if isinstance(results, float) else f"{name}: {results}"
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from jrlhf.experiment import find_run
+
+    runs = [find_run(r, options.runs_dir) for r in options.runs]
+
+    from jrlhf.compare.report import write_report
+
+    print(write_report(runs, options.out, _wide_console()))
+    return 0
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    for name, ok, what in (
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= options.temperature < float("inf"), "at least 0"),
+        ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
+        ("top_k", options.top_k >= 0, "at least 0"),
+    ):
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')}: must be {what}, got {getattr(options, name)}")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    return {n: getattr(options, n) for n in names}
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    if options.n < 1:
+        raise UserError(f"--n: must be at least 1, got {options.n}")
+    sampling = _sampling(options)
+    path = _model_folder(options.model, options.runs_dir)
+    _set_up_jax(None, options.runs_dir, distributed=False)
+    from jrlhf.training import serve
+
+    serve.generate(path, options.prompt, n=options.n, console=Console(), **sampling)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    sampling = _sampling(options)
+    path = _model_folder(options.model, options.runs_dir)
+    _set_up_jax(None, options.runs_dir, distributed=False)
+    from jrlhf.training import serve
+
+    serve.chat(path, console=Console(), **sampling)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    path = _model_folder(options.model, options.runs_dir)
+    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+        raise UserError(f"{options.folder}: exists and is not empty; name a new folder")
+    _set_up_jax(None, options.runs_dir, distributed=False)
+    from jrlhf.training import serve
+
+    serve.export(path, options.folder)
+    return 0
+
+
+def _model_folder(text: str, runs_dir: Path) -> Path:
+    """A path as it is; RUN as its run folder; RUN:STAGE[:SEED] as that stage's folder."""
+    if Path(text).exists():
+        return Path(text)
+    from jrlhf.experiment import find_run, stage_folders
+
+    run_name, *rest = text.split(":")
+    run = find_run(run_name, runs_dir)
+    if not rest:
+        return run
+    if len(rest) > 2:
+        raise UserError(f"{text}: expected {_MODEL}")
+    stages = stage_folders(run)
+    if rest[0] not in stages:
+        raise UserError(f"{text}: {run.name} has no stage {rest[0]!r}.{did_you_mean(rest[0], stages)}")
+    seeds = stages[rest[0]]
+    seed = rest[1] if len(rest) == 2 else next(iter(seeds))
+    if seed not in seeds:
+        raise UserError(f"{text}: stage {rest[0]!r} has no seed {seed!r}.{did_you_mean(seed, seeds)}")
+    return seeds[seed]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

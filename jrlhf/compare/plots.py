@@ -1,0 +1,733 @@
+"""The report's figures. Each is a function of the summary that returns panels and a computed caption.
+
+Colours are Okabe and Ito's, safe for colour-blind readers, and shape or position says the same again. Text
+and lines use a few fixed hex colours, so that the page can swap them for its light and dark variables.
+A figure without data has no panels: its `missing` says in plain words what was not recorded.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from scipy.optimize import isotonic_regression
+
+from jrlhf.compare.runs import Stage
+from jrlhf.compare.statistics import Interval
+from jrlhf.compare.summary import Row, Summary, limits, number, signed
+
+PAPER, INK, MUTED, RULE = "#ffffff", "#1b1f24", "#5f6670", "#d8dce1"
+BASELINE = "#747b85"
+# Okabe & Ito (2008): blue, vermillion, bluish green, reddish purple, orange, sky blue.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 5.4  # inches; a phone shows it at about three quarters, so 9.5 pt text stays readable
+DASHES = (0, (4, 2))
+BINS = 150  # points of a training curve after binning
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing, as SVG text and as PNG bytes. `alt` describes it to those who cannot see it."""
+
+    slug: str
+    svg: str
+    png: bytes
+    alt: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`finding` is what the figure shows, computed; `guide` is what to look at. Without panels `missing` says
+    what was not recorded."""
+
+    slug: str
+    title: str
+    finding: str = ""
+    guide: str = ""
+    panels: tuple[Panel, ...] = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Look:
+    color: str
+    marker: str
+
+
+def all_figures(summary: Summary) -> list[Figure]:
+    """Every figure of the report, in reading order."""
+    looks = policy_looks(summary)
+    with matplotlib.rc_context(STYLE):
+        return [
+            frontier(summary, looks),
+            win_rates(summary, looks),
+            reward_and_kl(summary, looks),
+            learning_curves(summary, looks),
+            best_of_n(summary),
+            gold_by_split(summary, looks),
+            length_distribution(summary, looks),
+        ]
+
+
+def policy_looks(summary: Summary) -> dict[str, Look]:
+    """Policy label -> its colour and marker, the same in every figure. Baselines are grey circles."""
+    looks, used = {}, 0
+    for row in summary.rows:
+        if row.label in looks:
+            continue
+        if row.is_baseline:
+            looks[row.label] = Look(BASELINE, "o")
+        else:
+            looks[row.label] = Look(SERIES[used % len(SERIES)], MARKERS[(used + 1) % len(MARKERS)])
+            used += 1
+    return looks
+
+
+# --- 1. the frontier ------------------------------------------------------------------------------------
+
+
+def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """Gold against KL from the baseline, on a square-root scale (Gao et al. 2023 plot against √KL)."""
+    title = "Gold reward against distance from the baseline"
+    rows = [row for row in summary.main if row.kl]
+    if all(row.is_baseline for row in rows):
+        return Figure(
+            "frontier", title, missing="The evaluation recorded no KL, so there is no frontier to draw."
+        )
+    canvas, ax = _canvas(3.7)
+    _square_root_axis(ax)
+    boxes: list[tuple[float, float]] = []
+    labels: list[tuple[float, float, str, str]] = []
+    for evaluation in summary.evaluations:
+        curve = evaluation.best_of_n
+        if curve is not None and curve.kl is not None:
+            kl, gold = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+            ax.plot(kl, gold, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
+            ax.plot(kl, gold, ".", color=MUTED, ms=4, zorder=2)
+            boxes += _along(kl, gold)
+            labels.append((kl[-1], gold[-1], f"best of n, to {curve.n[-1]}", MUTED))
+    logged = f"reward/{summary.reward_name}/mean", "kl/ref_k1"
+    paths = [entry for entry in _trained(summary, looks) if set(logged) <= set(_names(entry[2]))]
+    for _, look, seeds in paths:
+        (_, gold), (_, kl) = (_mean_curve(seeds, name, bins=12) for name in logged)
+        ax.plot(kl, gold, color=look.color, lw=1.1, alpha=0.55, zorder=2)
+        boxes += _along(kl, gold)
+    for row in rows:
+        _cross(ax, row.kl, row.gold, looks[row.label])
+        labels.append((row.kl.value, row.gold.value, row.label, INK))
+        boxes += _along(np.array(row.kl[1:]), np.full(2, row.gold.value)) if np.isfinite(row.kl.low) else []
+        boxes += _along(np.full(2, row.kl.value), np.array(row.gold[1:])) if np.isfinite(row.gold.low) else []
+        boxes.append((row.kl.value, row.gold.value))
+    start = next(row for row in rows if row.is_baseline)
+    ax.axhline(start.gold.value, color=BASELINE, lw=0.9, ls=(0, (1, 2)), zorder=1)
+    known = [e.gold_max for e in summary.evaluations if e.gold_max]
+    if known:
+        ax.axhline(known[0], color=MUTED, lw=0.9, zorder=1)
+        ax.annotate(
+            f"maximum {number(known[0])}", (1, known[0]), xycoords=("axes fraction", "data"),
+            xytext=(0, -3), textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=8.5,
+        )  # fmt: skip
+    right = max(kl for kl, _ in boxes)
+    ax.set_xlim(-0.004 * right, right * 1.12)
+    _kl_ticks(ax, right * 1.12)
+    _y_title(ax, f"gold reward ({summary.reward_name})")
+    ax.set_xlabel("KL from the baseline (nats per answer, square-root scale)")
+    _place(ax, labels, boxes)
+    best = max((row for row in rows if not row.is_baseline), key=lambda row: row.gold.value)
+    finding = (
+        f"{best.label} is highest: {number(best.gold.value)} {limits(best.gold)} at "
+        f"{number(best.kl.value)} nats.{_against_best_of_n(summary, rows)}"
+    )
+    guide = "Up is better, left is closer to the baseline. Bars are 95% intervals, dots the baseline's gold"
+    guide += ", faint lines the way there while training (on training prompts)." if paths else "."
+    return _figure("frontier", title, finding, guide, [("frontier", canvas, title)])
+
+
+def _against_best_of_n(summary: Summary, rows: list[Row]) -> str:
+    """Whether each policy lies above best-of-n at its own KL: the comparison at an equal budget of KL."""
+    above, below = [], []
+    for evaluation in summary.evaluations:
+        curve = evaluation.best_of_n
+        if curve is None or curve.kl is None:
+            continue
+        kl, gold = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+        for row in rows:
+            inside = row.evaluation == evaluation.label and kl[0] < row.kl.value <= kl[-1]
+            if inside and not row.is_baseline and not np.isnan(row.kl.low):
+                height = np.interp(np.sqrt(row.kl.value), np.sqrt(kl), gold)
+                if row.gold.low > height:
+                    above.append(row.label)
+                elif row.gold.high < height:
+                    below.append(row.label)
+    found = [f"{_and(names)} {words}" for names, words in ((above, "above"), (below, "below")) if names]
+    return f" Against best-of-n at equal KL: {'; '.join(found)}." if found else ""
+
+
+# --- 2. the reward and the KL while training ------------------------------------------------------------
+
+
+def reward_and_kl(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """For each policy trained on its own samples: gold and proxy against the update, KL below them."""
+    title = "Reward and KL while training"
+    gold = f"reward/{summary.reward_name}/mean"
+    panels, findings = [], []
+    for label, look, seeds in _trained(summary, looks):
+        logged = _names(seeds)
+        proxies = [
+            n for n in logged if n.startswith("reward/") and n.endswith("/mean") and n not in (gold, *SUMS)
+        ]
+        if gold not in logged and not proxies:
+            proxies = [name for name in SUMS if name in logged][:1]
+        if gold not in logged and not proxies:
+            continue
+        rewards = _on_axes(seeds, [gold] if gold in logged else [], proxies)
+        kl = ["kl/ref_k1"] if "kl/ref_k1" in logged else []
+        heights = [1.45] * len(rewards) + [1.0] * len(kl)
+        canvas = Canvas(figsize=(4.6, 1.1 * sum(heights) + 0.4), layout="constrained")
+        axes = canvas.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for ax, names in zip(axes, [*rewards, *([kl] if kl else [])], strict=True):
+            ends = []
+            for name in names:
+                x, y = _draw_curves(ax, seeds, name, MUTED if name in kl else look.color, name in proxies)
+                ends.append((x[-1], y[-1], "" if name in kl else _reward_label(name, gold), look.color))
+            _y_title(
+                ax,
+                "KL from the reference (nats per answer)" if names == kl else f"{label}: reward, batch mean",
+            )
+            _label_ends(ax, ends)
+        axes[-1].set_xlabel("update")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        panels.append((f"training_{_slug(label)}", canvas, f"{title} {label}"))
+        findings.append(f"{label}: {_course(seeds, gold, proxies)}")
+    if not panels:
+        missing = "No evaluated policy logged rewards while training, so there are no reward curves."
+        return Figure("training", title, missing=missing)
+    guide = (
+        "Solid is the gold reward, dashed the reward that was trained on where the two differ. Gold that "
+        "turns down while the dashed line rises is over-optimisation."
+    )
+    return _figure("training", title, " ".join(findings), guide, panels)
+
+
+def _course(seeds: list[Stage], gold: str, proxies: list[str]) -> str:
+    """Where the gold reward went, and where the trained one did."""
+    parts = []
+    if gold in _names(seeds):
+        x, y = _mean_curve(seeds, gold)
+        peak, noise = int(np.argmax(y)), np.std(np.diff(y)) if len(y) > 2 else 0.0
+        if y[peak] - y[-1] > 3 * noise and peak < 0.8 * len(y):
+            parts.append(
+                f"gold peaks at {number(y[peak])} near update {x[peak]:.0f} and ends at {number(y[-1])}"
+            )
+        else:
+            parts.append(f"gold goes from {number(y[0])} to {number(y[-1])} without a clear fall")
+    else:
+        parts.append("the gold reward was not logged")
+    for name in proxies:
+        _, y = _mean_curve(seeds, name)
+        parts.append(f"{_reward_label(name, gold)} goes from {number(y[0])} to {number(y[-1])}")
+    return "; ".join(parts) + "."
+
+
+def _reward_label(name: str, gold: str) -> str:
+    part = name.split("/")[1]
+    return f"gold: {part}" if name == gold else "training reward" if name in SUMS else f"proxy: {part}"
+
+
+def _on_axes(seeds: list[Stage], gold: list[str], proxies: list[str]) -> list[list[str]]:
+    """One axis when the two have comparable units, otherwise one each: never two scales on one axis."""
+    if not gold or not proxies:
+        return [gold + proxies]
+    spans = [_span(_mean_curve(seeds, name)[1]) for name in gold + proxies]
+    return [gold + proxies] if _comparable(spans) else [gold, proxies]
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    return float(np.min(values)), float(np.max(values))
+
+
+def _comparable(spans: Sequence[tuple[float, float]]) -> bool:
+    """Whether the smallest span still fills a quarter of an axis that holds them all."""
+    whole = max(high for _, high in spans) - min(low for low, _ in spans)
+    return whole == 0 or min(high - low for low, high in spans) / whole > 0.25
+
+
+# --- 3. learning curves ---------------------------------------------------------------------------------
+
+SUMS = ("reward/score/mean", "reward/total/mean")  # of all rewards; and with the KL penalty
+CURVES = (
+    ("kl/ref_k1", "KL from the reference (nats per answer)"),
+    ("policy/entropy", "entropy (nats per token)"),
+    ("rollout/len_mean", "answer length (tokens)"),
+    ("rollout/eos_rate", "answers that end (share)"),
+    ("pref/acc", "implicit reward accuracy"),
+    ("pref/margin", "implicit reward margin"),
+    ("rm/acc", "reward model accuracy"),
+)
+
+
+def learning_curves(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """Small multiples, one metric each, of every stage that logged it."""
+    title = "Learning curves"
+    stages = [(label, look, seeds) for label, look, seeds in _trained(summary, looks)]
+    stages += _untested(summary)
+    wanted = ((f"reward/{summary.reward_name}/mean", f"gold reward ({summary.reward_name})"), *CURVES)
+    panels = []
+    for name, words in wanted:
+        logged = [entry for entry in stages if name in _names(entry[2])]
+        if not logged:
+            continue
+        canvas, ax = _canvas(2.2, width=3.5)
+        ends = []
+        for label, look, seeds in logged:
+            x, y = _draw_curves(ax, seeds, name, look.color)
+            ends.append((x[-1], y[-1], label, look.color))
+        ax.set_xlabel("update")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _y_title(ax, words)
+        _label_ends(ax, ends)
+        panels.append((f"curve_{_slug(name)}", canvas, f"{words} against update"))
+    if not panels:
+        return Figure("learning_curves", title, missing="No stage logged a metric that this report draws.")
+    entropy = [
+        (label, _mean_curve(seeds, name)[1])
+        for label, _, seeds in stages
+        if (name := "policy/entropy") in _names(seeds)
+    ]
+    finding = "; ".join(f"{label} from {number(y[0])} to {number(y[-1])}" for label, y in entropy)
+    guide = (
+        "Thick lines are means over seeds and over bins of updates, faint lines are single seeds. Look for "
+        "entropy or the share of answers that end falling towards zero, and for length or KL that keeps"
+        " growing."
+    )
+    return _figure("learning_curves", title, f"Entropy went {finding}." if finding else "", guide, panels)
+
+
+# --- 4. best of n ---------------------------------------------------------------------------------------
+
+
+def best_of_n(summary: Summary) -> Figure:
+    """Gold and proxy of the answer that the proxy ranks first among n."""
+    title = "Best-of-n"
+    found = [(e.label, e.best_of_n) for e in summary.evaluations if e.best_of_n is not None]
+    if not found:
+        return Figure("best_of_n", title, missing="The evaluation did not sample best-of-n.")
+    panels, captions = [], []
+    for label, curve in found:
+        gold, proxy = curve.gold.mean(axis=0), None if curve.proxy is None else curve.proxy.mean(axis=0)
+        together = proxy is None or _comparable([_span(gold), _span(proxy)])
+        rows = 1 if together else 2
+        canvas = Canvas(figsize=(WIDTH, 2.9 if together else 3.9), layout="constrained")
+        axes = list(canvas.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+        gold_ax, proxy_ax = axes[0], axes[-1]
+        for ax in axes:
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_locator(FixedLocator(list(curve.n)))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:.0f}"))
+        if curve.low is not None and curve.high is not None:
+            gold_ax.fill_between(
+                curve.n, curve.low.mean(axis=0), curve.high.mean(axis=0), color=SERIES[0], alpha=0.16, lw=0
+            )
+        gold_ax.plot(curve.n, gold, color=SERIES[0], marker="o", ms=4)
+        peak = int(np.argmax(gold))
+        ends = [(curve.n[-1], gold[-1], "gold", SERIES[0])]
+        if proxy is not None:
+            proxy_ax.plot(curve.n, proxy, color=SERIES[1], marker="s", ms=3.5, ls=DASHES)
+            ends.append((curve.n[-1], proxy[-1], "proxy", SERIES[1]))
+        for ax in axes:
+            _y_title(ax, "reward" if together else "gold reward" if ax is gold_ax else "proxy reward")
+        if together:
+            _label_ends(gold_ax, ends)
+        axes[-1].set_xlabel("n, answers sampled per prompt (log scale)")
+        panels.append((f"best_of_n{'_' + _slug(label) if label else ''}", canvas, f"{title} {label}".strip()))
+        where = f"{label}: " if label else ""
+        top = f"{number(gold[peak])} at n = {curve.n[peak]}"
+        if 0 < peak < len(gold) - 1:
+            captions.append(f"{where}gold peaks at {top} and is {number(gold[-1])} at n = {curve.n[-1]}")
+        elif peak == 0:
+            captions.append(f"{where}gold is highest without selection ({top})")
+        else:
+            captions.append(f"{where}gold is still highest at the largest n ({top})")
+    finding = "; ".join(captions)
+    guide = (
+        "Of n answers the one that the proxy ranks first is kept; the band is a 95% interval of its gold. "
+        "Where gold falls while the proxy rises, the proxy is being exploited."
+    )
+    return _figure("best_of_n", title, f"{finding[:1].upper()}{finding[1:]}.", guide, panels)
+
+
+# --- 5 to 7. policies side by side ----------------------------------------------------------------------
+
+
+def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """A dot and interval for each policy on each split: what carries over to prompts held out of training."""
+    title = "Gold reward by split"
+    if len(summary.splits) < 2:
+        return Figure(
+            "gold_by_split",
+            title,
+            missing=f"Only one split ({summary.splits[0]}) was evaluated: nothing to compare.",
+        )
+    groups = {label: [row for row in summary.rows if row.label == label] for label in looks}
+    lines = [line for label, rows in groups.items() for line in (label, *rows)]
+    canvas, ax = _canvas(0.2 * len(lines) + 0.75)
+    for y, line in enumerate(lines):
+        if isinstance(line, Row):
+            _bar(ax, line.gold, y, looks[line.label])
+    _rows_axis(
+        ax,
+        range(len(lines)),
+        [line.split if isinstance(line, Row) else line for line in lines],
+        len(lines) - 0.4,
+    )
+    for tick, line in zip(ax.get_yticklabels(), lines, strict=True):
+        tick.set_color(MUTED if isinstance(line, Row) else INK)
+        tick.set_fontsize(8.5 if isinstance(line, Row) else 9.5)
+    ax.set_xlabel(f"gold reward ({summary.reward_name}), mean and 95% interval")
+    drops = []
+    for label, (first, *rest) in groups.items():
+        if rest:
+            worst = min(rest, key=lambda row: row.gold.value)
+            drops.append((worst.gold.value - first.gold.value, f"{label} on {worst.split}"))
+    drops.sort()
+    most, least = drops[0], drops[-1]
+    finding = (
+        f"From the first split to its worst other split, gold changes most for {most[1]} ({signed(most[0])})"
+    )
+    finding += f" and least for {least[1]} ({signed(least[0])})." if len(drops) > 1 else "."
+    guide = (
+        "The first split resembles the training prompts, the others are held out. A policy that only learnt "
+        "its training prompts drops to the left on them."
+    )
+    return _figure("gold_by_split", title, finding, guide, [("gold_by_split", canvas, title)])
+
+
+def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """Share of answers whose gold is above the baseline's on the same prompt."""
+    rows = [row for row in summary.main if row.win]
+    title = f"Win rate against {summary.evaluations[0].baseline.name}"
+    if not rows:
+        return Figure(
+            "win_rates", title, missing="Only the baseline was evaluated, so there is nothing to win."
+        )
+    canvas, ax = _canvas(0.27 * len(rows) + 0.8)
+    ax.axvline(50, color=MUTED, lw=0.9, zorder=1)
+    for y, row in enumerate(rows):
+        _bar(ax, row.win.scaled(100), y, looks[row.label])
+        ax.annotate(
+            f"{row.win.value:.0%}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=9, color=INK,
+        )  # fmt: skip
+    _rows_axis(ax, range(len(rows)), [row.label for row in rows], len(rows) - 0.4, color=INK)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("answers with more gold than the baseline's (%), ties half")
+    clear = [row.label for row in rows if row.win.low > 0.5]
+    worse = [row.label for row in rows if row.win.high < 0.5]
+    level = [row.label for row in rows if not row.win.excludes(0.5)]
+    found = [f"more than half are won by {_and(clear)}"] if clear else []
+    found += [f"fewer than half by {_and(worse)}"] if worse else []
+    found += [f"the interval includes 50% for {_and(level)}"] if level else []
+    finding = "; ".join(found)
+    guide = (
+        "Each answer meets each of the baseline's answers to the same prompt. An interval that crosses 50% "
+        "shows no difference."
+    )
+    return _figure(
+        "win_rates", title, f"{finding[:1].upper()}{finding[1:]}.", guide, [("win_rates", canvas, title)]
+    )
+
+
+def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """How long the answers are: a histogram per policy on a shared axis, with the median marked."""
+    title = "Length of answers"
+    lengths: list[tuple[str, np.ndarray, float]] = []
+    for evaluation in summary.evaluations:
+        for policy in evaluation.policies:
+            split = policy.splits.get(evaluation.main_split)
+            if split is not None:
+                values = np.concatenate([np.asarray(a, float) for seed in split.length for a in seed])
+                ended = np.concatenate([np.asarray(a, float) for seed in split.ended for a in seed]).mean()
+                label = f"{policy.name} ({evaluation.label})" if evaluation.label else policy.name
+                lengths.append((label, values, float(ended)))
+    longest = max(values.max() for _, values, _ in lengths)
+    bins = np.arange(-0.5, longest + 1.5) if longest < 64 else np.linspace(0, longest, 49)
+    canvas, ax = _canvas(0.42 * len(lengths) + 0.75)
+    for row, (label, values, ended) in enumerate(lengths):
+        counts, _ = np.histogram(values, bins)
+        height = 0.82 * counts / counts.max()
+        color = looks[label].color
+        ax.stairs(row - height, bins, baseline=row, fill=True, color=color, alpha=0.3, lw=0)
+        ax.stairs(row - height, bins, baseline=row, color=color, lw=1.0)
+        ax.plot([np.median(values)] * 2, [row, row - 0.9], color=INK, lw=1.4)
+        ax.annotate(
+            f"median {np.median(values):.0f}\n{ended:.0%} end", (1, row - 0.4),
+            xycoords=("axes fraction", "data"), xytext=(6, 0),
+            textcoords="offset points", va="center", fontsize=8, color=MUTED,
+        )  # fmt: skip
+    _rows_axis(
+        ax, np.arange(len(lengths)) - 0.4, [label for label, _, _ in lengths], len(lengths) - 0.95, color=INK
+    )
+    ax.set_ylim(len(lengths) - 0.95, -1.05)
+    ax.set_xlabel("response tokens; each row is scaled to its own mode")
+    first = np.median(lengths[0][1])
+    longer = max(lengths, key=lambda entry: np.median(entry[1]))
+    finding = f"The baseline's median is {first:.0f} tokens"
+    finding += (
+        f"; the longest is {longer[0]}'s, {np.median(longer[1]):.0f}."
+        if np.median(longer[1]) > first
+        else "; no policy's is longer."
+    )
+    guide = "Length can stand in for quality: check it before believing a gain. The bar marks the median."
+    return _figure("length", title, finding, guide, [("length", canvas, title)])
+
+
+# --- curves ---------------------------------------------------------------------------------------------
+
+
+def _trained(summary: Summary, looks: dict[str, Look]) -> list[tuple[str, Look, list[Stage]]]:
+    """Evaluated policies that a stage of the same name trained, with that stage's seeds."""
+    found = []
+    for evaluation in summary.evaluations:
+        for policy in evaluation.policies:
+            seeds = [stage for stage in evaluation.run.stages if stage.name == policy.name and stage.curves]
+            if seeds:
+                label = f"{policy.name} ({evaluation.label})" if evaluation.label else policy.name
+                found.append((label, looks[label], seeds))
+    return found
+
+
+def _untested(summary: Summary) -> list[tuple[str, Look, list[Stage]]]:
+    """Stages that trained something which was not itself evaluated: a reward model."""
+    policies = {policy.name for evaluation in summary.evaluations for policy in evaluation.policies}
+    found: dict[str, list[Stage]] = {}
+    for run in summary.runs:
+        for stage in run.stages:
+            if stage.name not in policies and stage.curves:
+                label = f"{stage.name} ({run.name})" if len(summary.runs) > 1 else stage.name
+                found.setdefault(label, []).append(stage)
+    return [(label, Look(MUTED, "o"), seeds) for label, seeds in found.items()]
+
+
+def _names(seeds: Iterable[Stage]) -> list[str]:
+    return list(dict.fromkeys(name for stage in seeds for name in stage.curves))
+
+
+def _binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means of at most `bins` runs of neighbouring points."""
+    keep = np.isfinite(y)
+    parts = np.array_split(np.flatnonzero(keep), min(bins, max(1, int(keep.sum()))))
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _mean_curve(seeds: list[Stage], name: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over seeds, on the steps that all of them logged."""
+    curves = [stage.curves[name] for stage in seeds if name in stage.curves]
+    steps = curves[0][0]
+    for x, _ in curves[1:]:
+        steps = np.intersect1d(steps, x)
+    mean = np.mean([y[np.isin(x, steps)] for x, y in curves], axis=0)
+    return _binned(steps, mean, bins)
+
+
+def _draw_curves(
+    ax: Axes, seeds: list[Stage], name: str, color: str, dashed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Faint lines of the seeds and a thick one of their mean, which is returned."""
+    for stage in seeds:
+        if name in stage.curves:
+            ax.plot(*_binned(*stage.curves[name], BINS), color=color, lw=0.7, alpha=0.35)
+    x, y = _mean_curve(seeds, name)
+    ax.plot(x, y, color=color, ls=DASHES if dashed else "-")
+    return x, y
+
+
+# --- drawing --------------------------------------------------------------------------------------------
+
+
+def _canvas(height: float, width: float = WIDTH) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=(width, height), layout="constrained")
+    return canvas, canvas.add_subplot()
+
+
+def _y_title(ax: Axes, words: str) -> None:
+    """The vertical axis is named above it, upright, where it can be read."""
+    ax.set_title(words, color=MUTED, fontsize=9)
+
+
+def _cross(ax: Axes, x: Interval, y: Interval, look: Look) -> None:
+    if np.isfinite(x.low):
+        ax.plot([x.low, x.high], [y.value] * 2, color=look.color, lw=1.5, zorder=3)
+    if np.isfinite(y.low):
+        ax.plot([x.value] * 2, [y.low, y.high], color=look.color, lw=1.5, zorder=3)
+    ax.plot(x.value, y.value, look.marker, color=look.color, ms=7, zorder=4)
+
+
+def _bar(ax: Axes, interval: Interval, y: float, look: Look) -> None:
+    if np.isfinite(interval.low):
+        ax.plot([interval.low, interval.high], [y, y], color=look.color, lw=2.2, zorder=2)
+    ax.plot(interval.value, y, look.marker, color=look.color, ms=6.5, zorder=3)
+
+
+def _rows_axis(
+    ax: Axes, ticks: Sequence[float], names: Sequence[str], bottom: float, color: str = MUTED
+) -> None:
+    ax.set_yticks(list(ticks), list(names), color=color, fontsize=9)
+    ax.set_ylim(bottom, -0.6)
+    ax.grid(False, axis="y")
+    ax.spines["left"].set_visible(False)
+
+
+def _square_root_axis(ax: Axes) -> None:
+    ax.set_xscale(
+        "function", functions=(lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2)
+    )
+
+
+def _kl_ticks(ax: Axes, right: float) -> None:
+    decade = np.floor(np.log10(right))
+    steps = [step * 10**power for power in (decade, decade - 1, decade - 2) for step in (8, 6, 4, 3, 2, 1)]
+    kept = [0.0]
+    for step in steps:  # downwards, so that the far end is named
+        if step <= right and min(abs(np.sqrt(step) - np.sqrt(other)) for other in kept) > 0.1 * np.sqrt(
+            right
+        ):
+            kept.append(step)
+    ax.xaxis.set_major_locator(FixedLocator(kept))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names beside the ends of lines, pushed apart as little as possible (isotonic regression)."""
+    ends = sorted((end for end in ends if end[2]), key=lambda end: end[1])
+    if not ends:
+        return
+    ax.margins(y=0.08)
+    low, high = ax.get_ylim()
+    gap = (
+        11.5
+        / (ax.figure.get_figheight() * 72 * ax.get_subplotspec().get_position(ax.figure).height)
+        * (high - low)
+    )
+    offsets = gap * np.arange(len(ends))
+    places = isotonic_regression(np.array([end[1] for end in ends]) - offsets).x + offsets
+    for (_, _, text, color), place in zip(ends, places, strict=True):
+        ax.annotate(
+            text, (1, place), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+            va="center", fontsize=8.5, color=color, annotation_clip=False,
+        )  # fmt: skip
+    ax.set_ylim(low, high)
+
+
+def _along(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """Points along a polyline, for labels to keep clear of."""
+    at = np.linspace(0, len(x) - 1, 8 * len(x))
+    return list(zip(np.interp(at, np.arange(len(x)), x), np.interp(at, np.arange(len(x)), y), strict=True))
+
+
+def _place(ax: Axes, labels: list[tuple[float, float, str, str]], points: list[tuple[float, float]]) -> None:
+    """Put each name beside its point, on the side where it covers the fewest points and names."""
+    ax.figure.draw_without_rendering()
+    scale = 72 / ax.figure.dpi
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (ax.transData.transform(p) * scale for p in points)]
+    frame = ax.get_window_extent().extents * scale
+    for px, py, text, color in labels:
+        x, y = ax.transData.transform((px, py)) * scale
+        width, height = 5.3 * len(text), 10.0
+        best = None
+        for reach in (8, 16, 26):
+            for dx, dy in ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+                left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
+                base = y + dy * reach * 0.9 - height / 2
+                box = (left, base, left + width, base + height)
+                cost = sum(_overlap(box, other) for other in taken) + reach * 0.5
+                cost += 50 * (_overlap(box, tuple(frame)) < 0.99 * width * height)
+                if best is None or cost < best[0]:
+                    best = (cost, dx, dy, reach, box)
+        _, dx, dy, reach, box = best
+        ax.annotate(
+            text, (px, py), xytext=(dx * reach, dy * reach * 0.9), textcoords="offset points", color=color,
+            ha={1: "left", 0: "center", -1: "right"}[dx], va="center", fontsize=9, zorder=5,
+        )  # fmt: skip
+        taken.append(box)
+
+
+def _overlap(a: tuple, b: tuple) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _figure(
+    slug: str, title: str, finding: str, guide: str, canvases: list[tuple[str, Canvas, str]]
+) -> Figure:
+    return Figure(slug, title, finding, guide, tuple(_render(*canvas) for canvas in canvases))
+
+
+def _render(slug: str, canvas: Canvas, alt: str) -> Panel:
+    svg, png = io.StringIO(), io.BytesIO()
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # laid out once; each format would otherwise do it again
+    nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": slug}):  # the same data give the same file
+        canvas.savefig(svg, format="svg", facecolor="none", metadata=nameless)
+        canvas.savefig(png, format="png", facecolor=PAPER, dpi=150, metadata={"Software": None})
+    return Panel(slug, svg.getvalue(), png.getvalue(), alt)
+
+
+def inline_svg(panel: Panel, swap: Callable[[str], str]) -> str:
+    """The panel's `<svg>` element for an HTML page: unique ids, colours through `swap`, the page's fonts.
+
+    `swap` maps a hex colour such as `#1b1f24` to a CSS colour.
+    """
+    text = panel.svg[panel.svg.index("<svg") :]
+    text = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", text)
+    text = re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{panel.alt}"', text, count=1
+    )
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{panel.slug}-\1"', text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{panel.slug}-", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda match: swap(match.group()), text)
+
+
+def _and(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "_", text).strip("_").lower()

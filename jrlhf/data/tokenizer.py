@@ -1,0 +1,307 @@
+"""Text to ids and back, behind one small interface: SentencePiece models and Hugging Face tokenizer.json.
+
+`encode` never adds a special token; whoever builds an example adds BOS and EOS (`batching.py`), so the rule
+is in one place for training and generation.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jrlhf.config import UserError, did_you_mean
+
+# Files beside a tokenizer that name its special tokens. They are read on loading and kept on saving.
+SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+class Tokenizer:
+    """A tokenizer and its special ids.
+
+    `eos_ids` are all ids that end a text when sampled; `eos_ids[0]` is the one that training texts end with.
+    `pad_id` falls back to `eos_ids[0]` where the files name no padding: it fills slots that masks exclude,
+    and no mask may be computed from it. `bos_id` is None where there is none; `add_bos` says whether an
+    encoded prompt starts with it.
+    """
+
+    file_name: ClassVar[str]
+    bos_id: int | None
+    add_bos: bool
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    def __init__(self, blob: bytes, sidecars: dict[str, dict], where: str):
+        self._blob, self._sidecars = blob, sidecars
+        self._read_specials(where)
+        specials = (self.bos_id, self.pad_id, *self.eos_ids)
+        wrong = [i for i in specials if i is not None and not 0 <= i < self.vocab_size]
+        if wrong:
+            raise UserError(
+                f"{where}: special token id {wrong[0]} is outside the {self.vocab_size} known ids."
+            )
+        self._specials = frozenset(specials)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, no special token added."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; padding, BOS and EOS are skipped."""
+        return self._decode([int(i) for i in ids if int(i) not in self._specials])
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A hash of everything that decides which ids a text becomes."""
+        specials = (self.pad_id, self.bos_id, self.eos_ids, self.add_bos)
+        return hashlib.sha256(self._blob + repr((self.file_name, specials)).encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model and its sidecar files; `load_tokenizer(folder)` gives an equal tokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.file_name).write_bytes(self._blob)
+        # The ids that were resolved on loading are written out, whichever file they came from.
+        bos_eos_pad = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": [*self.eos_ids],
+            "pad_token_id": self.pad_id,
+        }
+        generation = {**self._sidecars.get("generation_config.json", {}), **bos_eos_pad}
+        for name, card in {**self._sidecars, "generation_config.json": generation}.items():
+            if name in SIDECARS:
+                (folder / name).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _lookup(self, token: str) -> int | None:
+        raise NotImplementedError
+
+    def _own(self, name: str) -> int | None:
+        """The id that the model itself names for "bos", "eos" or "pad"."""
+        raise NotImplementedError
+
+    def _starts_with_bos(self) -> bool:
+        """What the model does where no sidecar says `add_bos_token`."""
+        raise NotImplementedError
+
+    def _read_specials(self, where: str) -> None:
+        cards = self._sidecars
+        token_cards, id_cards = SIDECARS[:2], ("generation_config.json", "config.json")
+
+        def named(name: str) -> int | None:
+            """The id of `<name>_token` in the first sidecar that has the field; null means none."""
+            for card in token_cards:
+                if f"{name}_token" in cards.get(card, {}):
+                    token = cards[card][f"{name}_token"]
+                    token = token.get("content") if isinstance(token, dict) else token
+                    if token is not None and self._lookup(token) is None:
+                        raise UserError(
+                            f"{where}: {card} names {name}_token {token!r}, which is not a token."
+                        )
+                    return None if token is None else self._lookup(token)
+            return self._own(name)
+
+        def numbered(name: str, files: Sequence[str] = id_cards) -> list[int]:
+            """The ids of `<name>_token_id`, an int or a list."""
+            for card in files:
+                found = cards.get(card, {}).get(f"{name}_token_id")
+                if found is not None:
+                    return [int(i) for i in (found if isinstance(found, list) else [found])]
+            return []
+
+        says_bos = any("bos_token" in cards.get(card, {}) for card in token_cards)
+        self.bos_id = named("bos")
+        if self.bos_id is None and not says_bos:  # an explicit null (Qwen) is an answer, not a gap
+            self.bos_id = next(iter(numbered("bos")), None)
+
+        # What generation stops at outranks what the tokenizer calls EOS: the two differ in real checkpoints.
+        eos = named("eos")
+        ends = numbered("eos", id_cards[:1]) or ([eos] if eos is not None else numbered("eos", id_cards[1:]))
+        if not ends:
+            raise UserError(f"{where}: no end-of-text token. Set eos_token_id in generation_config.json.")
+        first = eos if eos in ends else ends[0]
+        self.eos_ids = (first, *(i for i in dict.fromkeys(ends) if i != first))
+
+        pad = named("pad")
+        self.pad_id = pad if pad is not None else next(iter(numbered("pad", id_cards[:1])), first)
+
+        add_bos = cards.get("tokenizer_config.json", {}).get("add_bos_token")
+        if add_bos and self.bos_id is None:
+            raise UserError(f"{where}: tokenizer_config.json sets add_bos_token but there is no BOS token.")
+        starts = self.bos_id is not None and self._starts_with_bos()
+        self.add_bos = bool(add_bos) if add_bos is not None else starts
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model`. Where no sidecar says otherwise, BOS is added if the model has one."""
+
+    file_name = "tokenizer.model"
+
+    def __init__(self, blob: bytes, sidecars: dict[str, dict], where: str = "tokenizer.model"):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=blob)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{where}: not a SentencePiece model ({error}).") from error
+        super().__init__(blob, sidecars, where)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_piece_size()
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+    def _lookup(self, token: str) -> int | None:
+        found = self._model.piece_to_id(token)  # the unknown id for an unknown piece
+        return found if self._model.id_to_piece(found) == token else None
+
+    def _own(self, name: str) -> int | None:
+        found = {"bos": self._model.bos_id, "eos": self._model.eos_id, "pad": self._model.pad_id}[name]()
+        return found if found >= 0 else None  # -1 is SentencePiece's "there is none"
+
+    def _starts_with_bos(self) -> bool:
+        return True
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`.
+
+    Special tokens written out in a text (`<|im_start|>`) become their ids, as chat formats need; the
+    SentencePiece tokenizer reads them as plain characters.
+    """
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, blob: bytes, sidecars: dict[str, dict], where: str = "tokenizer.json"):
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_str(blob.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for a malformed file
+            raise UserError(f"{where}: not a tokenizer.json ({error}).") from error
+        # A file may carry the truncation and padding of the run that saved it, which would change ids.
+        self._model.no_truncation()
+        self._model.no_padding()
+        super().__init__(blob, sidecars, where)
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._model.get_vocab().values()) + 1  # ids may have gaps, so not the count
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
+
+    def _lookup(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def _own(self, name: str) -> int | None:
+        return None  # tokenizer.json marks tokens as special without saying which is which
+
+    def _starts_with_bos(self) -> bool:
+        return self._model.encode("a").ids[:1] == [self.bos_id]
+
+
+_LOADERS: dict[str, Callable[..., Tokenizer]] = {
+    ".json": JsonTokenizer,
+    ".model": SentencePieceTokenizer,
+}
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a folder (`tokenizer.json` first, else `tokenizer.model`) or one of these files.
+
+    The sidecar files in the same folder name the special tokens. Raises UserError when nothing fits.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = [
+            n for n in (JsonTokenizer.file_name, SentencePieceTokenizer.file_name) if (path / n).exists()
+        ]
+        if not names:
+            there = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+            raise UserError(f"{path}: no tokenizer.json or tokenizer.model there; it holds {there}.")
+        path = path / names[0]
+    if not path.exists():
+        raise UserError(f"{path}: no such tokenizer.{did_you_mean(path.name, _siblings(path))}")
+    if path.suffix not in _LOADERS:
+        raise UserError(f"{path}: a tokenizer is a folder, a .json or a .model file, not {path.suffix!r}.")
+    cards: dict[str, Any] = {}
+    for name in (*SIDECARS, "config.json"):
+        if (path.parent / name).exists() and path.parent / name != path:
+            try:
+                cards[name] = json.loads((path.parent / name).read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise UserError(f"{path.parent / name}: not JSON ({error}).") from error
+            if not isinstance(cards[name], dict):
+                raise UserError(f"{path.parent / name}: expected a JSON object.")
+    return _LOADERS[path.suffix](path.read_bytes(), cards, str(path))
+
+
+def _siblings(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: str | Path,
+    model_type: str = "unigram",
+    symbols: Sequence[str] = (),
+    byte_fallback: bool = False,
+) -> SentencePieceTokenizer:
+    """Train a SentencePiece model on `texts`, save it to `folder` and return it.
+
+    Ids 0 to 3 are padding, BOS, EOS and unknown. `vocab_size` is an upper bound. `model_type` is "unigram",
+    "bpe" or "word"; "word" gives one piece per whitespace-separated word, which is what a small readable
+    vocabulary wants. Each of `symbols` is always one piece. `byte_fallback` spells unseen characters in
+    bytes instead of the unknown id. Text is not normalised, but runs of spaces become one. The same texts
+    give the same model: one thread, no sampling of sentences.
+    """
+    import sentencepiece
+
+    if model_type not in ("unigram", "bpe", "word"):
+        known = ("unigram", "bpe", "word")
+        raise UserError(f"model_type: {model_type!r} is unknown.{did_you_mean(model_type, known)}")
+    blob = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=blob,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="<pad>",
+            user_defined_symbols=list(symbols),
+            byte_fallback=byte_fallback,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            max_sentence_length=2**30,  # the default drops longer texts without a word
+            num_threads=1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        what = "no text to train on" if "sentences_.empty" in str(error) else str(error).rpartition("] ")[2]
+        raise UserError(f"train_sentencepiece(vocab_size={vocab_size}): {what}") from error
+    card = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = SentencePieceTokenizer(blob.getvalue(), {"tokenizer_config.json": card}, str(folder))
+    tokenizer.save(folder)
+    return tokenizer

@@ -1,0 +1,693 @@
+"""An experiment is a graph of stages and the seeds to run them with; equal stages are computed once.
+
+    experiment = Experiment(
+        name="ppo_vs_dpo",
+        stages={"base": Pretrain(...), "sft": SFT(model="base", ...), "ppo": PPO(policy="sft", ...)},
+        seeds=(0, 1, 2),
+        seed_from="ppo",
+    )
+
+`run` goes through the graph for each seed. A (stage, seed) lives in one folder whose name carries its
+fingerprint: the hash of its resolved config, its seed and its parents' fingerprints. A finished folder is
+reused, whichever experiment made it. The layout is described in docs/experiments.md.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jrlhf.config import (
+    FILE_MODULE,
+    STOP,
+    MeshConfig,
+    Preempted,
+    Stage,
+    StageContext,
+    UserError,
+    did_you_mean,
+    from_dict,
+    read_json,
+    to_dict,
+)
+
+# Raise it when the same config would give other results (a fixed bug, a changed default meaning): finished
+# stages of the older format are then not reused.
+FORMAT = 1
+
+ALL = "all"  # `force=ALL`: re-run every stage
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_WHOLE_FILE = 64 * 2**20  # bytes; a larger file is hashed by its size and both ends
+_END = 2**20
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Stages by name, and the seeds to run them with."""
+
+    name: str
+    stages: dict[str, Stage]
+    seeds: tuple[int, ...] = (0,)
+    # The first stage whose seed varies: it and what depends on it run once per seed, every other stage once
+    # with seeds[0]. Empty: every stage runs once per seed.
+    seed_from: str = ""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage under one seed: what is run, or found finished."""
+
+    name: str
+    stage: Stage
+    seed: int
+    fingerprint: str
+    folder: Path
+    parents: dict[str, "Task"]
+
+    @property
+    def status(self) -> str:
+        """`finished`, `partial` (a run was interrupted; it will be resumed) or `to do`."""
+        if (self.folder / "done.json").exists():
+            return "finished"
+        return "partial" if self.folder.exists() else "to do"
+
+
+# --- reading an experiment ----------------------------------------------------------------------------------
+
+
+def load_experiment(path: Path | str) -> Experiment:
+    """The experiment of a `.py` file (its module-level `experiment`) or of a run folder's `config.json`.
+
+    The file is executed. Raises UserError with file and line for a mistake in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        data = read_json(path)
+        if not isinstance(data, dict) or "stages" not in data:
+            raise UserError(f"{path}: not an experiment's config (it has no 'stages')")
+        experiment = from_dict(Experiment, data, str(path))
+    elif path.suffix == ".py":
+        module = load_python(path)
+        if not hasattr(module, "experiment"):
+            raise UserError(f"{path}: defines no `experiment = Experiment(...)` at module level")
+        experiment = module.experiment
+        if not isinstance(experiment, Experiment):
+            raise UserError(f"{path}: `experiment` must be an Experiment, got {type(experiment).__name__}")
+        experiment = _resolved(experiment, str(path))
+    else:
+        if not path.exists():
+            raise UserError(f"{path}: no such file.{_files_near(path)}")
+        raise UserError(f"{path}: an experiment is a .py file or a config.json")
+    return experiment
+
+
+def load_python(path: Path) -> Any:
+    """Execute a Python file as a module of its own. Its folder is importable, as it is for `python FILE`."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.{_files_near(path)}")
+    full = path.resolve()
+    # The module's name depends on the path alone, so that reading a file twice defines its classes anew
+    # instead of giving each a twin.
+    name = f"{FILE_MODULE}{re.sub(r'[^0-9A-Za-z_]', '_', full.stem)}_{_sha(str(full))[:8]}"
+    spec = importlib.util.spec_from_file_location(name, full)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(full.parent) not in sys.path:
+        sys.path.insert(0, str(full.parent))
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise UserError(f"{e.filename or path}:{e.lineno}: {type(e).__name__}: {e.msg}") from e
+    except (Exception, SystemExit) as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(full)]
+        where = f"{path}:{lines[-1]}" if lines else str(path)
+        what = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        raise UserError(f"{where}: {what}") from e
+    return module
+
+
+def _files_near(path: Path) -> str:
+    """A suggestion for a file that is not there."""
+    if not path.parent.is_dir():
+        return f" There is no folder {path.parent}."
+    return did_you_mean(path.name, (p.name for p in path.parent.iterdir() if p.suffix == path.suffix))
+
+
+def _resolved(experiment: Experiment, where: str = "") -> Experiment:
+    """With every field checked against its annotation, and brought to it (a list to a tuple, 1 to 1.0)."""
+    return from_dict(Experiment, to_dict(experiment, where=where), where)
+
+
+# --- the graph ----------------------------------------------------------------------------------------------
+
+
+def check(experiment: Experiment) -> list[str]:
+    """The stage names, parents first. Raises UserError for a mistake in the graph or in a stage."""
+    stages, known = experiment.stages, tuple(experiment.stages)
+    if not stages:
+        raise UserError("stages: the experiment has none")
+    for name in known:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"stages: {name!r} cannot be a stage's name; use letters, digits, '_' and '-'")
+    if not _NAME.fullmatch(experiment.name):
+        raise UserError(f"name: {experiment.name!r} cannot be a name; use letters, digits, '_' and '-'")
+    if not experiment.seeds or len(set(experiment.seeds)) < len(experiment.seeds):
+        raise UserError(f"seeds: expected distinct seeds, at least one, got {experiment.seeds}")
+    if min(experiment.seeds) < 0 or max(experiment.seeds) >= 2**31:
+        raise UserError(f"seeds: must be in [0, 2^31), got {experiment.seeds}")
+    if experiment.seed_from and experiment.seed_from not in stages:
+        raise UserError(
+            f"seed_from: {experiment.seed_from!r} is not a stage.{did_you_mean(experiment.seed_from, known)}"
+        )
+    for name, stage in stages.items():
+        for parent in stage.parents(known):
+            if parent not in stages:
+                hint = did_you_mean(parent, known)
+                raise UserError(f"stages.{name}: starts from {parent!r}, which is not a stage.{hint}")
+    order = _topological(experiment)
+    for name, stage in stages.items():
+        try:
+            stage.validate(known)
+        except UserError as e:
+            raise UserError(f"stages.{name}: {e}") from e
+    return order
+
+
+def _topological(experiment: Experiment) -> list[str]:
+    """Parents first, otherwise in the order of definition."""
+    order: list[str] = []
+    waiting = {n: s.parents(experiment.stages) for n, s in experiment.stages.items()}
+    while waiting:
+        ready = next((n for n, ps in waiting.items() if all(p in order for p in ps)), None)
+        if ready is None:
+            raise UserError(f"stages: a cycle: {' -> '.join(_cycle(waiting))}")
+        order.append(ready)
+        del waiting[ready]
+    return order
+
+
+def _cycle(waiting: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Follow unfinished parents until one comes again."""
+    path = [next(iter(waiting))]
+    while path.count(path[-1]) == 1:
+        path.append(next(p for p in waiting[path[-1]] if p in waiting))
+    return path[path.index(path[-1]) :]
+
+
+def dependants(experiment: Experiment, names: tuple[str, ...]) -> set[str]:
+    """`names` and every stage that starts from one of them, directly or not."""
+    found = set(names)
+    for name in _topological(experiment):
+        if found.intersection(experiment.stages[name].parents(experiment.stages)):
+            found.add(name)
+    return found
+
+
+# --- fingerprints -------------------------------------------------------------------------------------------
+
+
+def tasks(experiment: Experiment, runs_dir: Path) -> list[Task]:
+    """Every (stage, seed) once, parents first, seed by seed. Hashes the local files that stages read."""
+    order = check(experiment)
+    varying = dependants(experiment, (experiment.seed_from,)) if experiment.seed_from else set(order)
+    made: dict[tuple[str, int], Task] = {}
+    for run_seed in experiment.seeds:
+        for name in order:
+            seed = run_seed if name in varying else experiment.seeds[0]
+            if (name, seed) in made:
+                continue
+            stage = experiment.stages[name]
+            parents = {
+                p: made[p, run_seed if p in varying else experiment.seeds[0]]
+                for p in stage.parents(experiment.stages)
+            }
+            fp = fingerprint(stage, seed, {p: t.fingerprint for p, t in parents.items()}, f"stages.{name}")
+            folder = runs_dir / "stages" / f"{kind(stage)}-{fp[:12]}"
+            made[name, seed] = Task(name, stage, seed, fp, folder, parents)
+    return list(made.values())
+
+
+def fingerprint(stage: Stage, seed: int, parents: Mapping[str, str], where: str = "stage") -> str:
+    """sha256 (hex) of what decides the stage's results.
+
+    That is: its config with the names of other stages replaced by their fingerprints (`parents`), its seed,
+    the content of the local files that it reads, and FORMAT. Its own name, the mesh and the fields made by
+    `no_fingerprint` have no part in it.
+    """
+    try:
+        files = {f: content_hash(Path(f)) for f in stage.files()}
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    what = {"format": FORMAT, "stage": _identity(stage, parents), "seed": seed, "files": files}
+    return _sha(json.dumps(what, sort_keys=True))
+
+
+def _identity(value: Any, parents: Mapping[str, str]) -> Any:
+    """The part of a config that can change results, as JSON."""
+    if dataclasses.is_dataclass(value):
+        out: dict[str, Any] = {"type": type(value).__name__}
+        for f in dataclasses.fields(value):
+            item = getattr(value, f.name)
+            if f.metadata.get("stage_ref"):
+                one = isinstance(item, str)
+                item = parents.get(item, item) if one else [parents.get(n, n) for n in item or ()]
+            if f.metadata.get("fingerprint", True):
+                out[f.name] = _identity(item, parents)
+        return out
+    if isinstance(value, (tuple, list)):
+        return [_identity(v, parents) for v in value]
+    if isinstance(value, Mapping):
+        return {k: _identity(v, parents) for k, v in value.items()}
+    return value
+
+
+def content_hash(path: Path) -> str:
+    """sha256 (hex) of a file, or of a folder's files and their names.
+
+    Of a file of 64 MB and more: of its size, first MB and last MB. Raises UserError if it is missing.
+    """
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        return _sha(json.dumps([(str(p.relative_to(path)), content_hash(p)) for p in inside]))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.{_files_near(path)}")
+    stat = path.stat()
+    return _file_hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _file_hash(path: str, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        if size < _WHOLE_FILE:
+            while block := f.read(_END):
+                digest.update(block)
+        else:
+            digest.update(str(size).encode())
+            digest.update(f.read(_END))
+            f.seek(-_END, os.SEEK_END)
+            digest.update(f.read(_END))
+    return digest.hexdigest()
+
+
+def kind(stage: Stage) -> str:
+    """The class name in kebab case: RewardModel -> reward-model, PPO -> ppo."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(stage).__name__).lower()
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def default_runs_dir() -> Path:
+    """`$JRLHF_RUNS`, or `runs` in the current folder."""
+    return Path(os.environ.get("JRLHF_RUNS") or "runs")
+
+
+def run_folder(experiment: Experiment, runs_dir: Path) -> Path:
+    """`<runs_dir>/<name>-<hash of the whole resolved experiment>`."""
+    whole = json.dumps(to_dict(experiment), sort_keys=True)
+    return runs_dir / f"{experiment.name}-{_sha(whole)[:8]}"
+
+
+def run(
+    experiment: Experiment,
+    runs_dir: Path,
+    *,
+    force: tuple[str, ...] | str = (),
+    console: Console | None = None,
+) -> Path:
+    """Run or reuse every (stage, seed), parents first; returns the run folder.
+
+    `force` names stages to run again, with all that depends on them (ALL: every stage). Their folders are
+    first renamed to `<folder>.old-<n>`, all of them, so that a forced run that is interrupted goes on
+    without `force`. An interrupted stage is resumed in its folder. Two processes that want the same stage
+    take turns: the second finds it finished.
+
+    Raises UserError for the user's mistakes and a full disk, Preempted when asked to stop (`STOP`).
+    """
+    console = console or Console(quiet=not _leads())
+    experiment = _resolved(experiment)
+    todo = tasks(experiment, runs_dir)  # checks the graph
+    forced = _forced(experiment, force)
+    folder = run_folder(experiment, runs_dir)
+    env = environment()
+    results: dict[str, dict[str, Any]] = {}
+    with _disk_full_is_a_user_error(runs_dir):
+        if _leads():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", to_dict(experiment))
+            write_json(folder / "environment.json", env)
+            write_json(folder / "stages.json", _stage_index(todo))
+            for task in todo:
+                if task.name in forced:
+                    _move_aside(task, console)
+        for task in todo:
+            if _agreed(STOP.requested):
+                raise Preempted(f"before stage {task.name!r}")
+            results.setdefault(task.name, {})[str(task.seed)] = _run_task(
+                task, experiment, runs_dir, env, console
+            )
+            if _leads():
+                write_json(folder / "results.json", results)
+    _say(console, f"{experiment.name}: all stages finished, results in {folder}")
+    return folder
+
+
+def _stage_index(todo: list[Task]) -> dict[str, dict[str, str]]:
+    """{stage name: {seed: stage folder relative to the runs folder}}"""
+    out: dict[str, dict[str, str]] = {}
+    for task in todo:
+        out.setdefault(task.name, {})[str(task.seed)] = f"stages/{task.folder.name}"
+    return out
+
+
+def _forced(experiment: Experiment, force: tuple[str, ...] | str) -> set[str]:
+    if force == ALL:
+        return set(experiment.stages)
+    names = (force,) if isinstance(force, str) else force
+    for name in names:
+        if name not in experiment.stages:
+            raise UserError(f"--force {name}: not a stage.{did_you_mean(name, experiment.stages)}")
+    return dependants(experiment, names)
+
+
+def _run_task(
+    task: Task, experiment: Experiment, runs_dir: Path, env: Mapping[str, Any], console: Console
+) -> dict[str, Any]:
+    """The task's results, from its folder if it is finished there."""
+    label = _label(task)
+    done_file = task.folder / "done.json"
+    with contextlib.ExitStack() as stack:
+        if _leads():
+            stack.enter_context(_locked(task.folder, label, console))
+        if _agreed(task.status == "finished"):
+            done = read_json(done_file)
+            saved = _duration(done["seconds"])
+            _say(console, f"{label}: reused {task.folder} (saves {saved})")
+            return done["results"]
+        if _leads():
+            verb = "resuming" if task.status == "partial" else "running"
+            _say(console, f"{label}: {verb} in {task.folder}")
+            task.folder.mkdir(parents=True, exist_ok=True)
+            write_json(task.folder / "config.json", _stage_record(task))
+            write_json(task.folder / "environment.json", env | {"date": _now()})
+        _agreed(True)  # no process enters the folder before it is ready
+        start = time.monotonic()
+        try:
+            results = task.stage.run(_context(task, experiment, runs_dir, console))
+        except Exception as e:
+            e.add_note(f"in stage {task.name!r} (seed {task.seed}), folder {task.folder}")
+            raise
+        seconds = time.monotonic() - start  # of this process; what an interrupted one spent is not in it
+        results = _plain(results, f"stage {task.name!r}: results")
+        if _leads():
+            write_json(done_file, {"results": results, "seconds": round(seconds, 3)})
+        _say(console, f"{label}: finished in {_duration(seconds)}")
+        return results
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _label(task: Task) -> str:
+    return f"{task.name} (seed {task.seed})"
+
+
+def _stage_record(task: Task) -> dict[str, Any]:
+    return {
+        "stage": to_dict(task.stage, Stage),
+        "seed": task.seed,
+        "fingerprint": task.fingerprint,
+        "parents": {
+            n: {"fingerprint": t.fingerprint, "folder": t.folder.name} for n, t in task.parents.items()
+        },
+        "format": FORMAT,
+    }
+
+
+def _context(task: Task, experiment: Experiment, runs_dir: Path, console: Console) -> StageContext:
+    return StageContext(
+        name=task.name,
+        stage=task.stage,
+        folder=task.folder,
+        parents={n: t.folder for n, t in task.parents.items()},
+        stages=experiment.stages,
+        seed=task.seed,
+        mesh=experiment.mesh,
+        console=console,
+        runs_dir=runs_dir,
+    )
+
+
+def _move_aside(task: Task, console: Console) -> None:
+    """Rename the task's folder, if there is one, to the first free `<folder>.old-<n>`."""
+    with _locked(task.folder, _label(task), console):
+        if task.folder.exists():
+            n = 1
+            while (old := task.folder.with_name(f"{task.folder.name}.old-{n}")).exists():
+                n += 1
+            task.folder.rename(old)
+            _say(console, f"{_label(task)}: the former run is kept as {old}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, label: str, console: Console) -> Iterator[None]:
+    """Hold the stage's lock; the operating system releases it if the process dies.
+
+    The lock file lies beside the folder, because the folder can be renamed.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as f:
+        told = False
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    f.seek(0)
+                    _say(console, f"{label}: another process runs it ({f.read().strip()}); waiting")
+                    told = True
+                if STOP.requested:
+                    raise Preempted(f"while waiting for {folder}") from None
+                time.sleep(0.2)
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _disk_full_is_a_user_error(runs_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        cause: BaseException | None = e
+        while cause is not None:
+            # Libraries that write from C++ (tensorstore under Orbax) report it in the text of another error.
+            number = cause.errno if isinstance(cause, OSError) else None
+            if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause):
+                where = getattr(cause, "filename", None) or runs_dir
+                raise UserError(
+                    f"disk full while writing to {where}; free some space and run the same command to go on"
+                ) from e
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def _leads() -> bool:
+    """Whether this process writes the folders: of several (one per host), the first."""
+    jax = sys.modules.get("jax")  # without it there is only one process
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def _agreed(value: bool) -> bool:
+    """The first process's `value`, in all processes; they wait for each other."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Results as JSON values: 0-d arrays become numbers; NaN and infinities become strings."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v, f"{where}.{i}") for i, v in enumerate(value)]
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{where}: expected a JSON value, got {type(value).__name__}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as f:
+        json.dump(value, f, indent=2, allow_nan=False)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """What a run happened on: Python, packages, devices, code version (with its diff), command, date."""
+    import jax
+
+    devices = jax.devices()
+    packages = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
+    return {
+        "date": _now(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
+        "processes": jax.process_count(),
+        "git": _git_state(),
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit and uncommitted changes of the repository around the current folder; None if there is none."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *args], capture_output=True, text=True, errors="replace", check=False
+            )
+        except FileNotFoundError:  # git is not installed
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    if status is None:
+        return None
+    commit = git("rev-parse", "HEAD")  # none before the first commit
+    return {
+        "commit": commit and commit.strip(),
+        "dirty": bool(status.strip()),
+        "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
+        "diff": git("diff", "HEAD") if commit else None,
+    }
+
+
+# --- showing ------------------------------------------------------------------------------------------------
+
+
+def dry_run(experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | str = ()) -> Table:
+    """A table of what `run` would do: one row per (stage, seed). Creates nothing."""
+    experiment = _resolved(experiment)
+    todo = tasks(experiment, runs_dir)  # checks the graph
+    forced = _forced(experiment, force)
+    console = Console(quiet=True)
+    table = Table(title=f"{experiment.name}: {run_folder(experiment, runs_dir)}", title_justify="left")
+    for column in ("stage", "kind", "starts from", "seed", "status"):
+        table.add_column(column)
+    for column in ("params", "rows", "steps", "tokens", "memory"):
+        table.add_column(column, justify="right")
+    table.add_column("note")
+    for task in todo:
+        plan = task.stage.plan(_context(task, experiment, runs_dir, console))
+        status = "to do (forced)" if task.name in forced else task.status
+        table.add_row(
+            task.name, kind(task.stage), ", ".join(task.parents) or "-", str(task.seed), status,
+            *(_count(n) for n in (plan.model_params, plan.rows, plan.steps, plan.tokens)),
+            _bytes(plan.memory_bytes), escape(plan.note),
+        )  # fmt: skip
+    return table
+
+
+def find_run(name: str, runs_dir: Path) -> Path:
+    """A run folder by its path, or by its name (or the beginning of it) in `runs_dir`."""
+    if (Path(name) / "stages.json").is_file():
+        return Path(name)
+    known = [p.name for p in run_folders(runs_dir)]
+    found = [n for n in known if n == name] or [n for n in known if n.startswith(name)]
+    if len(found) > 1:
+        raise UserError(f"{name}: several runs have names that begin so: {', '.join(found)}")
+    if not found:
+        raise UserError(f"{name}: no such run in {runs_dir}.{did_you_mean(name, known)}")
+    return runs_dir / found[0]
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """Every run folder, oldest first."""
+    if not runs_dir.is_dir():
+        return []
+    found = [p for p in runs_dir.iterdir() if (p / "stages.json").is_file()]
+    return sorted(found, key=lambda p: ((p / "stages.json").stat().st_mtime, p.name))
+
+
+def stage_folders(run: Path) -> dict[str, dict[str, Path]]:
+    """{stage name: {seed: stage folder}} of a run folder."""
+    listed = read_json(run / "stages.json")
+    return {name: {seed: run.parent / f for seed, f in seeds.items()} for name, seeds in listed.items()}
+
+
+def _count(n: int) -> str:
+    """1234567 as 1.23M; nothing as a dash."""
+    if n < 10_000:
+        return str(n) if n else "-"
+    for unit in ("k", "M", "G"):
+        n /= 1000
+        if n < 1000:
+            return f"{n:.3g}{unit}"
+    return f"{n / 1000:.3g}T"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB" if n else "-"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,1 @@
+"""Pure array maths, no models: masks, log-probabilities, KL estimators, advantages, losses."""

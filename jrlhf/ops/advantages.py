@@ -1,0 +1,66 @@
+"""From rewards to advantages."""
+
+import jax
+import jax.numpy as jnp
+
+
+def gae(
+    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) along the last axis.
+
+    rewards, values, mask [B, T] -> (advantages, returns) [B, T] float32, both 0 where masked:
+    δ_t = r_t + gamma V_{t+1} - V_t,  A_t = δ_t + gamma·lam A_{t+1},  return_t = A_t + V_t.
+
+    The value after a row's last token is 0. "t+1" is the next *unmasked* token: a masked tail changes
+    nothing, and neither do masked tokens in between (a tool's output). A reward on a masked token is ignored,
+    so put the final reward on the last token that the policy wrote.
+    """
+    rewards, values = rewards.astype(jnp.float32), values.astype(jnp.float32)
+    mask = mask.astype(bool)
+
+    def backwards(carry, step):
+        next_advantage, next_value = carry
+        reward, value, real = step
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = (jnp.where(real, advantage, next_advantage), jnp.where(real, value, next_value))
+        return carry, jnp.where(real, advantage, 0.0)
+
+    zeros = jnp.zeros_like(rewards[:, 0])
+    _, advantages = jax.lax.scan(backwards, (zeros, zeros), (rewards.T, values.T, mask.T), reverse=True)
+    advantages = advantages.T
+    return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def group_advantages(rewards: jax.Array, group_size: int, std: bool = True) -> jax.Array:
+    """Rewards relative to their group (GRPO, Shao et al. 2024, §4.1.2), [N] -> [N] float32.
+
+    A group is `group_size` consecutive answers to one prompt. `std=True` divides by the group's sample
+    standard deviation plus 1e-4, as published: this weights prompts by how little their rewards spread, so
+    the fixed point is no longer that of the KL-regularised objective. `std=False` (Liu et al. 2025) only
+    subtracts the mean. A group of equal rewards gets zeros; a NaN reward makes its whole group NaN.
+    """
+    groups = _groups(rewards, group_size)
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    if std:
+        centred = centred / (jnp.std(groups, axis=1, ddof=1, keepdims=True) + 1e-4)
+    return centred.reshape(-1)
+
+
+def rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+    """Reward minus the mean of the *other* answers to the same prompt, [N] -> [N] float32.
+
+    REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 8): an unbiased baseline without a critic. Groups are
+    `group_size` consecutive answers.
+    """
+    groups = _groups(rewards, group_size)
+    others = (jnp.sum(groups, axis=1, keepdims=True) - groups) / (group_size - 1)
+    return (groups - others).reshape(-1)
+
+
+def _groups(rewards: jax.Array, group_size: int) -> jax.Array:
+    if group_size < 2:
+        raise ValueError(f"a group baseline needs at least 2 answers per prompt, got group_size={group_size}")
+    if rewards.ndim != 1 or rewards.shape[0] % group_size:
+        raise ValueError(f"rewards of shape {rewards.shape} are not whole groups of {group_size}")
+    return rewards.astype(jnp.float32).reshape(-1, group_size)

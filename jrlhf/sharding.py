@@ -1,0 +1,143 @@
+"""Mesh, logical axis rules, and the way from host rows to global arrays.
+
+Weights and activations carry *logical* axis names ("embed", "heads", ...); the one table `RULES` says which
+mesh axis each is split over. The resolver is strict: an unknown name or an axis that does not divide is an
+error that names the array, never a silent replication.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jrlhf.config import MeshConfig, UserError, did_you_mean
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes that it is split over
+RULES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "act_embed": (),
+    "norm": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "scalar": (),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one device is a 1x1x1 mesh.
+
+    Raises UserError when the axes do not multiply to the number of devices.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"mesh: sizes must be positive and at most one may be -1, got {config}")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"mesh: {config} needs a multiple of {known} devices, but there are {len(devices)}")
+    # Auto: the partitioner completes the constraints that the model gives at layer boundaries.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def logical_spec(axes: tuple[str | None, ...]) -> P:
+    """Logical axis names to a PartitionSpec. Raises UserError on a name that has no rule."""
+    for a in axes:
+        if a is not None and a not in RULES:
+            raise UserError(f"unknown logical axis {a!r}.{did_you_mean(a, RULES)}")
+    split = [RULES[a] if a is not None else () for a in axes]
+    return P(*[s[0] if len(s) == 1 else (s or None) for s in split])
+
+
+def checked_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str):
+    """NamedSharding of an array; UserError naming array and axis where the mesh does not divide it."""
+    spec = logical_spec(axes)
+    for axis, size, split in zip(axes, shape, spec, strict=True):
+        parts = split if isinstance(split, tuple) else (split,) if split else ()
+        ways = math.prod(mesh.shape[p] for p in parts)
+        if size % ways:
+            raise UserError(
+                f"{name}: axis {axis!r} of size {size} is not divisible by {ways} (mesh axes {', '.join(parts)}). "
+                f"Change the mesh or the model's size."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Sharding constraint on an activation under the mesh of `jax.set_mesh`; nothing without a mesh."""
+    spec = logical_spec(axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def path_names(path: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def state_shardings(mesh: Mesh, state: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]]) -> Any:
+    """Shardings for any tree that contains model parameters: params, reference, optimiser moments.
+
+    `axes` maps a parameter's path inside the model (`("layers", "attn", "q")`) to its logical axes. A leaf
+    takes the axes of the longest suffix of its own path found there (Adam's moments mirror the parameters'
+    paths). Leaves of at most one dimension without a rule (counts, keys) are replicated; any other is an error.
+    """
+
+    def one(path, leaf):
+        names = path_names(path)
+        for i in range(len(names)):
+            rule = axes.get(names[i:])
+            if rule is not None and len(rule) == len(leaf.shape):
+                return checked_sharding(mesh, rule, leaf.shape, "/".join(names))
+        if len(leaf.shape) > 1:
+            raise UserError(f"parameter {'/'.join(names)} {leaf.shape} has no logical axes")
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices the batch axis is split."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Host rows (this process' share, leading axis batch) to global arrays split over the batch axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    return jax.device_put(tree, replicated(mesh))
+
+
+def check_batch(mesh: Mesh, size: int, field: str) -> None:
+    """UserError at config time when a batch does not split evenly over the mesh."""
+    ways = batch_ways(mesh)
+    if size <= 0 or size % ways:
+        raise UserError(
+            f"{field}: {size} rows do not divide over the mesh's {ways} batch shards (data {mesh.shape['data']} x "
+            f"fsdp {mesh.shape['fsdp']}). Use a positive multiple of {ways}."
+        )

@@ -1,0 +1,78 @@
+"""A finished stage's model on disk: parameters, how to read them, and the tokenizer."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jrlhf.checkpoint import load_meta, load_params, save_params
+from jrlhf.config import UserError, from_dict, to_dict
+from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
+from jrlhf.models.config import ModelConfig
+from jrlhf.models.transformer import Model, fold_normalization
+from jrlhf.sharding import state_shardings
+from jrlhf.types import Params
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model of a finished stage, on the mesh."""
+
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+
+
+def save_model(folder: Path, model: Model, params: Params, tokenizer: Tokenizer, **meta: Any) -> None:
+    """`<folder>/model` and `<folder>/tokenizer`."""
+    tokenizer.save(folder / "tokenizer")
+    meta = {"model": to_dict(model.config), "head": model.head, "tokenizer": tokenizer.fingerprint()} | meta
+    save_params(folder / "model", params, meta)
+
+
+def has_model(folder: Path) -> bool:
+    return (folder / "model" / "model.json").is_file()
+
+
+def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Loaded:
+    """The model of a stage folder. A reward model's normalisation is folded into its head.
+
+    `changes` replace numerics of the saved config that do not touch parameters (remat, attention, dtype).
+    """
+    if not has_model(folder):
+        raise UserError(f"{folder}: this stage has no model (it may not be finished)")
+    meta = load_meta(folder / "model")
+    if meta["head"] != head:
+        kinds = {"lm": "a language model", "scalar": "a reward model"}
+        raise UserError(f"{folder}: expected {kinds[head]}, but the stage holds {kinds[meta['head']]}")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.fingerprint() != meta["tokenizer"]:
+        raise UserError(
+            f"{folder / 'tokenizer'} is not the tokenizer that the model in {folder} was trained with"
+        )
+    config = replace(from_dict(ModelConfig, meta["model"], f"{folder}/model"), **changes)
+    model = Model(config, head)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = state_shardings(mesh, abstract, model.logical_axes())
+    template = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+    params, _ = load_params(folder / "model", template)
+    if "normalization" in meta:
+        params = fold_normalization(params, meta["normalization"]["mean"], meta["normalization"]["std"])
+    return Loaded(model, params, tokenizer, meta)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str) -> ModelConfig:
+    """The config with the tokenizer's vocabulary size filled in; UserError when they disagree."""
+    if config.vocab_size == 0:
+        return replace(config, vocab_size=tokenizer.vocab_size)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"{where}.vocab_size is {config.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids. "
+            f"Set it to 0 to take the tokenizer's."
+        )
+    return config

@@ -1,0 +1,171 @@
+"""From sources to arrays of fixed shape in memory, and batches of them on the mesh."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jrlhf.algorithms.dpo import PairBatch
+from jrlhf.config import Source, UserError
+from jrlhf.data.batching import (
+    Batches,
+    encode_demonstration,
+    encode_preference,
+    encode_prompt,
+    encode_rows,
+    pack,
+    pack_texts,
+    prefetch,
+    stack_preferences,
+)
+from jrlhf.data.sources import check_row, load
+from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.sharding import put_batch
+from jrlhf.types import PreferenceBatch, SequenceBatch
+
+
+def load_rows(source: Source, kind: str, console: Console) -> list[dict]:
+    """All rows of a source, each checked against the schema; says how many were read and dropped."""
+    rows, report = load(source)
+    where = type(source).__name__
+    rows = [check_row(row, kind, f"{where} row {n}") for n, row in enumerate(rows, 1)]
+    console.print(f"  {report}", highlight=False)
+    return rows
+
+
+def text_batch(source: Source, tokenizer: Tokenizer, length: int, console: Console) -> SequenceBatch:
+    """Every document of a source, packed into rows of `length` tokens; all tokens but the first are targets."""
+    rows = load_rows(source, "text", console)
+    return SequenceBatch(**pack_texts((row["text"] for row in rows), tokenizer, length))
+
+
+def demonstration_batch(
+    source: Source, tokenizer: Tokenizer, length: int, too_long: str, console: Console
+) -> SequenceBatch:
+    """Demonstrations packed into rows of `length`; completions and EOS are targets."""
+    rows = load_rows(source, "demonstration", console)
+    encode = partial(encode_demonstration, tokenizer=tokenizer, max_len=length, too_long=too_long)
+    examples, report = encode_rows(rows, encode, type(source).__name__)
+    if report.dropped or report.changed:
+        console.print(f"  {report}", highlight=False)
+    return SequenceBatch(**pack(examples, length, tokenizer.pad_id))
+
+
+def prompt_ids(
+    source: Source, tokenizer: Tokenizer, max_len: int, too_long: str, console: Console
+) -> tuple[list[dict], list[list[int]]]:
+    """Prompt rows and their ids; a prompt longer than `max_len` is handled as `too_long` says."""
+    rows = load_rows(source, "prompt", console)
+    encode = partial(encode_prompt, tokenizer=tokenizer, max_prompt_len=max_len, too_long=too_long)
+    kept, ids = [], []
+    encoded, report = encode_rows(
+        rows, lambda row, report: _with_row(row, encode(row, report=report)), type(source).__name__
+    )
+    if report.dropped or report.changed:
+        console.print(f"  {report}", highlight=False)
+    for row, tokens in encoded:
+        kept.append(row)
+        ids.append(tokens.tolist())
+    return kept, ids
+
+
+def _with_row(row: dict, tokens: np.ndarray | None):
+    return None if tokens is None else (row, tokens)
+
+
+def in_eval_share(prompt: str, fraction: float) -> bool:
+    """Whether a prompt belongs to the held-out share: a function of its text, so that no prompt is in both."""
+    return zlib.crc32(prompt.encode()) / 2**32 < fraction
+
+
+def split_by_prompt(rows: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
+    held = [row for row in rows if in_eval_share(row["prompt"], fraction)]
+    kept = [row for row in rows if not in_eval_share(row["prompt"], fraction)]
+    if not kept or (fraction and not held):
+        raise UserError(
+            f"eval_fraction {fraction} leaves {len(kept)} rows to train on and {len(held)} to evaluate"
+        )
+    return kept, held
+
+
+def preference_arrays(
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, too_long: str, console: Console
+) -> PreferenceBatch:
+    """All preference rows as one [N, K, T] batch; `max_length` 0 takes the longest."""
+    limit = max_length or 2**31 - 1
+    encode = partial(encode_preference, tokenizer=tokenizer, max_len=limit, too_long=too_long)
+    examples, report = encode_rows(rows, encode, "preferences")
+    if report.dropped or report.changed:
+        console.print(f"  {report}", highlight=False)
+    longest = max(len(a.ids) for e in examples for a in e.answers)
+    widest = max(len(e.answers) for e in examples)
+    return stack_preferences(examples, -(-longest // 8) * 8, widest, tokenizer.pad_id)
+
+
+def pair_arrays(batch: PreferenceBatch, which: str) -> PairBatch:
+    """Ordered pairs of a preference batch: "all" of them, or the "best_worst" of each prompt. Ties make none."""
+    ranks = np.asarray(batch.ranks)
+    n, chosen, rejected = np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
+    if which == "best_worst":
+        best = np.argmin(np.where(ranks > 0, ranks, np.iinfo(np.int32).max), axis=1)
+        worst = np.argmax(ranks, axis=1)
+        n = np.flatnonzero(ranks[np.arange(len(ranks)), best] < ranks[np.arange(len(ranks)), worst])
+        chosen, rejected = best[n], worst[n]
+    if not len(n):
+        raise UserError("the preferences hold no ordered pair: every answer is tied")
+    pick = lambda x: np.stack([x[n, chosen], x[n, rejected]], axis=1)  # noqa: E731
+    return PairBatch(
+        pick(batch.tokens), pick(batch.mask), pick(batch.response_mask), np.zeros((len(n), 2), np.float32)
+    )
+
+
+def take(arrays: Any, index: np.ndarray) -> Any:
+    return jax.tree.map(lambda x: x[index], arrays)
+
+
+def rows_of(arrays: Any) -> int:
+    return len(jax.tree.leaves(arrays)[0])
+
+
+class BatchFeed:
+    """Batches of in-memory arrays for `train`, prepared ahead in a background thread; any step can be the first."""
+
+    def __init__(self, arrays: Any, batch_size: int, seed: int, mesh: Mesh):
+        self._arrays, self._mesh = arrays, mesh
+        self._batches = Batches(
+            rows_of(arrays), batch_size, seed, host_index=jax.process_index(), host_count=jax.process_count()
+        )
+        self._feed: Iterator | None = None
+        self._next = -1
+
+    def __call__(self, step: int) -> Any:
+        if self._feed is None or step != self._next:
+            self.close()
+            self._feed = prefetch(self._from(step), lambda rows: put_batch(self._mesh, rows))
+        self._next = step + 1
+        return next(self._feed)
+
+    def _from(self, step: int) -> Iterator[Any]:
+        while True:
+            yield take(self._arrays, self._batches.indices(step))
+            step += 1
+
+    def close(self) -> None:
+        if isinstance(self._feed, prefetch):
+            self._feed.close()
+
+
+def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
+    """`f(batch)` over all rows, `size` at a time (the last padded with copies of row 0), results on the host."""
+    n = rows_of(arrays)
+    out = []
+    for start in range(0, n, size):
+        index = np.arange(start, start + size)
+        index[index >= n] = 0
+        out.append(jax.device_get(f(put_batch(mesh, take(arrays, index)))))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)

@@ -1,0 +1,152 @@
+"""Sampling from policies and measuring what they write."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.models.transformer import Model
+from jrlhf.rollout.rollout import pad_prompts, rollout
+from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
+from jrlhf.sharding import batch_ways, put_batch
+from jrlhf.training.rewards import Reward, Texts, read_texts
+from jrlhf.types import Params, Rollout
+
+SAMPLE_ROWS = 256  # rows of one rollout when many prompts are sampled
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws responses to many prompts, a fixed number of rows at a time, so that nothing recompiles."""
+
+    model: Model
+    tokenizer: Tokenizer
+    mesh: Mesh
+    config: SamplingConfig
+    prompt_length: int  # slots for the prompt; every prompt must fit
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        return make_sampling(self.config, self.tokenizer.eos_ids, self.tokenizer.pad_id)
+
+    def put_prompts(self, ids: list[list[int]]) -> Any:
+        return put_batch(self.mesh, pad_prompts(ids, self.prompt_length, self.tokenizer.pad_id))
+
+    def sample(
+        self, params: Params, ids: list[list[int]], key: jax.Array, progress: Callable | None = None
+    ) -> Rollout:
+        """One response per prompt (repeat prompts for several), as numpy arrays of len(ids) rows."""
+        size = min(SAMPLE_ROWS, -(-len(ids) // batch_ways(self.mesh)) * batch_ways(self.mesh))
+        out = []
+        for n, start in enumerate(range(0, len(ids), size)):
+            rows = ids[start : start + size]
+            rows = rows + [ids[0]] * (size - len(rows))
+            prompts = self.put_prompts(rows)
+            out.append(
+                jax.device_get(
+                    rollout(self.model, params, prompts, jax.random.fold_in(key, n), self.sampling)
+                )
+            )
+            if progress is not None:
+                progress(min(start + size, len(ids)))
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids)], *out)
+
+
+def prompt_slots(*ids: list[list[int]]) -> int:
+    """A prompt length that all fit in, rounded up to a multiple of 4."""
+    longest = max(len(row) for rows in ids for row in rows)
+    return -(-longest // 4) * 4
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Sequence log-probabilities of responses under a model, some rows at a time."""
+
+    model: Model
+    mesh: Mesh
+    temperature: float
+
+    @cached_property
+    def _logprob(self) -> Callable:
+        def one(params, tokens, mask, response_mask):
+            start = tokens.shape[1] - response_mask.shape[1]
+            logprobs, _ = self.model.logprobs(params, tokens, mask, start, self.temperature)
+            return jnp.sum(jnp.where(response_mask, logprobs, 0.0), axis=1)
+
+        return jax.jit(one)
+
+    def logprobs(self, params: Params, samples: Rollout) -> np.ndarray:
+        """Summed over each response, [N] float32."""
+        return in_rows(lambda r: self._logprob(params, r.tokens, r.mask, r.response_mask), samples, self.mesh)
+
+
+def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.ndarray:
+    """`f` over a host rollout, SAMPLE_ROWS rows at a time, results on the host."""
+    n = len(samples.tokens)
+    size = min(SAMPLE_ROWS, -(-n // batch_ways(mesh)) * batch_ways(mesh))
+    out = []
+    for start in range(0, n, size):
+        index = np.arange(start, start + size)
+        index[index >= n] = 0  # the last piece is filled up, and cut again below
+        out.append(np.asarray(jax.device_get(f(put_batch(mesh, jax.tree.map(lambda x: x[index], samples))))))
+    return np.concatenate(out)[:n]
+
+
+def score(reward: Reward, samples: Rollout, texts: Texts, mesh: Mesh) -> np.ndarray:
+    """One reward of every sampled response, [N]."""
+    if reward.needs_text:
+        return np.asarray(reward.score(samples, texts))
+    return in_rows(lambda rows: reward.score(rows, None), samples, mesh)
+
+
+class Probe:
+    """A quick look at a policy during training: the same prompts every time, a few samples kept as text."""
+
+    def __init__(
+        self,
+        folder: Path,
+        sampler: Sampler,
+        rows: list[dict],
+        ids: list[list[int]],
+        ref_params: Params,
+        rewards: list[Reward],
+        key: jax.Array,
+    ):
+        self._folder, self._sampler, self._rows, self._ids = folder, sampler, rows, ids
+        self._ref_params, self._rewards, self._key = ref_params, rewards, key
+        self._scorer = Scorer(sampler.model, sampler.mesh, sampler.config.temperature)
+
+    def __call__(self, params: Params, step: int) -> dict[str, float]:
+        """eval/<reward>/mean, eval/kl/mean (k1 to the reference), eval/length/mean, eval/ended/mean."""
+        samples = self._sampler.sample(params, self._ids, jax.random.fold_in(self._key, step))
+        texts = read_texts(samples, self._rows, self._sampler.tokenizer)
+        kl = np.sum(samples.logprobs, axis=1) - self._scorer.logprobs(self._ref_params, samples)
+        values = {r.name: score(r, samples, texts, self._sampler.mesh) for r in self._rewards}
+        if jax.process_index() == 0:
+            self._write(step, texts, values)
+        metrics = {f"eval/{name}/mean": float(np.mean(v)) for name, v in values.items()}
+        return metrics | {
+            "eval/kl/mean": float(np.mean(kl)),
+            "eval/length/mean": float(np.mean(np.sum(samples.response_mask, axis=1))),
+            "eval/ended/mean": float(np.mean(samples.ended)),
+        }
+
+    def _write(self, step: int, texts: Texts, values: dict[str, np.ndarray], count: int = 8) -> None:
+        with open(self._folder / "samples.jsonl", "a", encoding="utf-8") as f:
+            for i in range(min(count, len(texts.prompts))):
+                scores = {name: round(float(v[i]), 4) for name, v in values.items()}
+                line = {
+                    "step": step,
+                    "prompt": texts.prompts[i],
+                    "completion": texts.completions[i],
+                    **scores,
+                }
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")

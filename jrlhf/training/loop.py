@@ -1,0 +1,192 @@
+"""The loop under both drivers: resume, run steps, log, evaluate, save, stop. All side effects of training are here.
+
+Order within step n: its metrics are written, then its evaluation, then its checkpoint. A run killed anywhere goes on
+from the last checkpoint; what was logged after it is removed and written again, with the same values.
+"""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.checkpoint import Checkpointer
+from jrlhf.config import STOP, Preempted, StageContext, UserError, no_fingerprint
+from jrlhf.metrics import MetricLogger, progress
+from jrlhf.sharding import path_names, state_shardings
+from jrlhf.types import TrainState
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and what to keep. Give `steps` or `epochs`, not both."""
+
+    steps: int = 0  # train steps
+    epochs: float = 0.0  # passes over the data
+    batch_size: int = 128  # rows of a step, over all devices and hosts
+    eval_every: int = 0  # steps between evaluations; 0: only after the last
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss: stop, or leave out that update
+    checkpoint_every: int = no_fingerprint(100)  # steps between checkpoints; 0: only when asked to stop
+    keep_last: int = no_fingerprint(2)
+
+    def __post_init__(self):
+        if (self.steps > 0) == (self.epochs > 0) or self.steps < 0 or self.epochs < 0:
+            raise UserError(
+                f"loop: give steps or epochs, one of them positive (steps {self.steps}, epochs {self.epochs})"
+            )
+        if self.batch_size <= 0:
+            raise UserError(f"loop.batch_size must be positive, got {self.batch_size}")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"loop.{name} must be zero or more, got {getattr(self, name)}")
+        if self.keep_last < 1:
+            raise UserError(f"loop.keep_last must be at least 1, got {self.keep_last}")
+
+    def total_steps(self, rows: int) -> int:
+        if self.steps:
+            return self.steps
+        return max(1, int(self.epochs * rows) // self.batch_size)
+
+
+def stage_key(ctx: StageContext) -> jax.Array:
+    """The stage's base key: a function of its seed and kind (not of its name: equal stages are shared)."""
+    return jax.random.fold_in(jax.random.key(ctx.seed), zlib.crc32(type(ctx.stage).__name__.encode()))
+
+
+def sharded_state(
+    mesh: Mesh, axes: dict, init: Callable[..., TrainState], *args: Any
+) -> tuple[Any, Callable]:
+    """(template, make): the state's shapes with shardings, and a function that computes it in place.
+
+    `args` (parameters to start from, keys) are passed to the jitted `init`. Its results are copies: a train step
+    donates its state, and the parameters it started from may be in use as the reference.
+    """
+    abstract = jax.eval_shape(init, *args)
+    shardings = state_shardings(mesh, abstract, axes)
+    template = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, shardings
+    )
+    copied = lambda *args: jax.tree.map(_copy, init(*args))  # noqa: E731
+    return template, lambda: jax.jit(copied, out_shardings=shardings)(*args)
+
+
+def _copy(x: jax.Array) -> jax.Array:
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.copy(jax.random.key_data(x)))
+    return jnp.copy(x)
+
+
+def is_finite(metrics: dict) -> jax.Array:
+    return jnp.all(
+        jnp.stack([jnp.isfinite(v).all() for k, v in sorted(metrics.items()) if "loss" in k or "norm" in k])
+    )
+
+
+def guarded(train_step: Callable, config: LoopConfig) -> Callable:
+    """The step itself, or with `on_nonfinite="skip"` one that keeps the old parameters when its loss is not finite."""
+    if config.on_nonfinite == "stop":
+        return train_step
+
+    def step(state: TrainState, batch):
+        new, metrics = train_step(state, batch)
+        ok = is_finite(metrics)
+        keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
+        kept = new._replace(
+            params=keep(new.params, state.params), opt_state=keep(new.opt_state, state.opt_state)
+        )
+        return kept, metrics | {"train/skipped": 1.0 - ok.astype(jnp.float32)}
+
+    return step
+
+
+def train(
+    ctx: StageContext,
+    config: LoopConfig,
+    steps: int,
+    template: TrainState,
+    make_state: Callable[[], TrainState],
+    do_step: Callable[[TrainState, int], tuple[TrainState, dict, Any]],
+    evaluate: Callable[[TrainState, int], dict] | None = None,
+    show: tuple[str, ...] = ("train/loss",),
+    position: Callable[[int], dict] = lambda step: {"step": step},
+    resume_position: Callable[[dict], None] | None = None,
+) -> TrainState:
+    """Run `do_step(state, step) -> (state, metrics, batch)` from the last checkpoint to `steps`.
+
+    Metrics of step n are fetched after step n + 1 has been dispatched, so the devices never wait for the host.
+    Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
+    """
+    checkpointer = Checkpointer(
+        ctx.folder / "checkpoints", keep_last=config.keep_last, report=ctx.console.print
+    )
+    restored = checkpointer.restore(template)
+    if restored is not None:
+        start, state, where = restored
+        ctx.console.print(f"  resuming at step {start} of {steps}")
+        if resume_position is not None:
+            resume_position(where)
+    else:
+        start, state = 0, make_state()
+    logger = MetricLogger(ctx.folder, resume_step=start)
+    pending: tuple | None = None
+    last: dict = {}
+
+    def flush() -> None:
+        nonlocal pending, last
+        if pending is None:
+            return
+        step, metrics, batch, began = pending
+        pending = None
+        values = jax.device_get(metrics)
+        last = {k: float(v) for k, v in values.items()}
+        bad = [k for k, v in last.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]
+        logger.log(step, last | {"time/step": time.perf_counter() - began})
+        if bad and config.on_nonfinite == "stop":
+            path = save_batch(ctx.folder / f"nonfinite_step_{step}.npz", batch)
+            raise UserError(
+                f"step {step}: {bad[0]} is {last[bad[0]]}. Its batch is in {path}; the last checkpoint is of step "
+                f"{max(checkpointer.steps(), default=0)}. Lower the learning rate, or set loop.on_nonfinite to 'skip'."
+            )
+
+    try:
+        with progress(ctx.console, steps, ctx.name, start) as bar:
+            for step in range(start, steps):
+                began = time.perf_counter()
+                state, metrics, batch = do_step(state, step)
+                flush()
+                pending = (step + 1, metrics, batch, began)
+                bar.update(step, {k: last[k] for k in show if k in last})
+                done = step + 1
+                evaluating = evaluate is not None and (
+                    done == steps or (config.eval_every > 0 and done % config.eval_every == 0)
+                )
+                if evaluating:
+                    flush()
+                    logger.log(done, evaluate(state, done))
+                stopping = STOP.requested and done < steps
+                if stopping or (
+                    config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps
+                ):
+                    flush()
+                    checkpointer.save(done, state, position(done), last)
+                if stopping:
+                    raise Preempted(f"{ctx.name}: saved at step {done} of {steps}")
+            flush()
+            bar.update(steps, {k: last[k] for k in show if k in last})
+    finally:
+        checkpointer.close()
+        logger.close()
+    return state
+
+
+def save_batch(path: Path, batch: Any) -> Path:
+    """Every array of a batch by its path, as .npz."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    np.savez(path, **{"/".join(path_names(p)): np.asarray(jax.device_get(x)) for p, x in leaves})
+    return path

@@ -1,0 +1,46 @@
+"""The driver for algorithms that learn from a dataset: pretraining, SFT, reward models, DPO."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jrlhf.config import StageContext
+from jrlhf.sharding import check_batch
+from jrlhf.training.data import BatchFeed
+from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
+from jrlhf.types import Algorithm, TrainState
+
+
+def train_offline(
+    ctx: StageContext,
+    mesh: Mesh,
+    loop: LoopConfig,
+    steps: int,
+    algorithm: Algorithm,
+    start: tuple,
+    axes: dict,
+    arrays: Any,
+    evaluate: Callable[[TrainState, int], dict] | None = None,
+    show: tuple[str, ...] = ("train/loss",),
+) -> TrainState:
+    """Train on `arrays` (leading axis rows, in memory) for `steps` batches.
+
+    start: arguments of `algorithm.init`. axes: the model's logical axes. Batches, and so the position in the data,
+    are a pure function of (seed, step).
+    """
+    check_batch(mesh, loop.batch_size, "loop.batch_size")
+    template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
+    step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
+    feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
+
+    def do_step(state: TrainState, n: int):
+        batch = feed(n)
+        state, metrics = step(state, batch)
+        return state, metrics, batch
+
+    try:
+        return train(ctx, loop, steps, template, make_state, do_step, evaluate, show)
+    finally:
+        feed.close()

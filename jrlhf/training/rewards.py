@@ -1,0 +1,90 @@
+"""A reward by name: a program, or the reward model of a finished stage, behind one interface."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.algorithms.reward_model import sequence_scores
+from jrlhf.config import UserError, did_you_mean
+from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.lab import REWARDS as LAB_REWARDS
+from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
+from jrlhf.training.artifacts import load_model
+from jrlhf.types import RewardFn, Rollout
+
+# Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
+# in `jrlhf/rewards/__init__.py`.
+REWARDS: dict[str, RewardFn] = {**PROGRAM_REWARDS, **LAB_REWARDS}
+
+
+class Texts(NamedTuple):
+    """Responses on the host, as program rewards read them. `rows[i]["ended"]` says whether a stop token came."""
+
+    prompts: list[str]
+    completions: list[str]
+    rows: list[dict]
+    ids: list[list[int]]
+
+
+class Reward(NamedTuple):
+    name: str
+    needs_text: bool
+    score: Callable[[Rollout, Texts | None], Any]  # -> [B] float32
+
+
+def program_reward(name: str) -> RewardFn:
+    if name not in REWARDS:
+        raise UserError(
+            f"reward {name!r} is neither a stage nor a known reward.{did_you_mean(name, REWARDS)}"
+        )
+    return REWARDS[name]
+
+
+def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Tokenizer) -> Reward:
+    """`name` is one of `parents` (a reward-model stage) or one of `REWARDS`.
+
+    Program rewards must return one finite number per response: anything else is an error, never a zero.
+    """
+    if name in parents:
+        loaded = load_model(parents[name], mesh, "scalar")
+        if loaded.tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise UserError(f"reward {name!r} was trained with another tokenizer than the policy")
+        model, params = loaded.model, loaded.params
+        scores = jax.jit(lambda params, tokens, mask: sequence_scores(model, params, tokens, mask))
+        return Reward(name, False, lambda rollout, texts: scores(params, rollout.tokens, rollout.mask))
+
+    function = program_reward(name)
+
+    def score(rollout: Rollout, texts: Texts | None) -> np.ndarray:
+        values = np.asarray(function(texts.prompts, texts.completions, texts.rows), np.float32)
+        if values.shape != (len(texts.prompts),) or not np.isfinite(values).all():
+            raise UserError(
+                f"reward {name!r} returned shape {values.shape} with {np.sum(~np.isfinite(values))} values that are "
+                f"not finite; expected {len(texts.prompts)} finite numbers"
+            )
+        return values
+
+    return Reward(name, True, score)
+
+
+def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Texts:
+    """Decode a rollout. Works on one process' view of the whole batch."""
+    tokens, mask, ended = jax.device_get((rollout.tokens, rollout.response_mask, rollout.ended))
+    ids = [t[m].tolist() for t, m in zip(tokens[:, -mask.shape[1] :], mask, strict=True)]
+    return Texts(
+        prompts=[row["prompt"] for row in rows],
+        completions=[tokenizer.decode(i) for i in ids],
+        rows=[{**row, "ended": bool(e)} for row, e in zip(rows, ended, strict=True)],
+        ids=ids,
+    )
+
+
+def repeat_rate(ids: list[list[int]], n: int = 4) -> float:
+    """Share of n-token windows that occurred before in the same response."""
+    windows = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in ids]
+    total = sum(map(len, windows))
+    return sum(len(w) - len(set(w)) for w in windows) / total if total else 0.0

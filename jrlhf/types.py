@@ -1,0 +1,113 @@
+"""The records that travel between rooms. Shapes: B rows, T tokens, P prompt tokens, R response tokens."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import numpy as np
+
+Params = Any  # a pytree of arrays
+Metrics = Mapping[str, Any]  # metric name (docs/metrics.md) -> scalar
+
+
+class TrainState(NamedTuple):
+    """Everything a train step reads and writes; a checkpoint is this plus the data position.
+
+    `key` is the stage's base key and never changes: step n uses `fold_in(key, n)`, so a resumed run
+    draws what an uninterrupted one would have drawn. `extra` holds an algorithm's own small state
+    (PPO's adaptive KL coefficient).
+    """
+
+    step: jax.Array  # [] int32
+    params: Params  # {"policy": ..., "critic": ...}
+    opt_state: Any
+    ref_params: Params  # frozen reference policy, or None
+    key: jax.Array
+    extra: Any = ()
+
+
+class Prompts(NamedTuple):
+    """Left-padded prompts, ready to be continued; every row has at least one real token."""
+
+    tokens: jax.Array  # [B, P] int32
+    mask: jax.Array  # [B, P] bool
+
+
+class SequenceBatch(NamedTuple):
+    """Token sequences to learn from, packed or padded on either side."""
+
+    tokens: jax.Array  # [B, T] int32
+    segment_ids: jax.Array  # [B, T] int32: 1, 2, ... per row, 0 is padding
+    positions: jax.Array  # [B, T] int32, restarting in each segment
+    loss_mask: jax.Array  # [B, T] bool: tokens to be predicted (never the first of a segment)
+
+
+class Rollout(NamedTuple):
+    """What `rollout` returns. The prompt fills slots [0, P) left-padded, the response slots [P, P+R)."""
+
+    tokens: jax.Array  # [B, P+R] int32
+    mask: jax.Array  # [B, P+R] bool: a real token (prompt or response, EOS included)
+    response_mask: jax.Array  # [B, R] bool: sampled tokens, EOS included
+    logprobs: jax.Array  # [B, R] float32 under the distribution that was sampled; 0 where masked
+    ended: jax.Array  # [B] bool: the response ended by a stop token (not by length)
+
+
+class Algorithm(NamedTuple):
+    """An algorithm is a record of pure functions; the driver alone jits, shards, saves and logs."""
+
+    init: Callable[..., TrainState]
+    make_batch: Callable[..., Any] | None  # (TrainState, Rollout, rewards) -> Batch; None when offline
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+class PreferenceBatch(NamedTuple):
+    """K answers to each prompt, all of a prompt in one batch element. Padding answers have rank 0."""
+
+    tokens: jax.Array  # [B, K, T] int32, prompt then answer, right-padded
+    mask: jax.Array  # [B, K, T] bool, a real token
+    response_mask: jax.Array  # [B, K, T] bool, a token of the answer (EOS included)
+    ranks: jax.Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
+    margins: jax.Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
+
+
+class TextRow(TypedDict):
+    text: str
+
+
+class DemonstrationRow(TypedDict):
+    prompt: str
+    completion: str
+
+
+class _PreferenceRequired(TypedDict):
+    prompt: str
+    responses: list[str]
+    ranks: list[int]  # 1 is best, equal ranks are ties
+
+
+class PreferenceRow(_PreferenceRequired, total=False):
+    scores: list[float]
+    criteria: dict[str, list[float]]
+    labeler: str
+
+
+class PromptRow(TypedDict, total=False):
+    prompt: str
+    answer: str
+
+
+# A reward is one function. `rows` are the prompts' full rows (an answer to verify, a gold fact, ...).
+RewardFn = Callable[[list[str], list[str], list[dict]], np.ndarray]  # -> [N] float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will do, for the dry run. Counts are exact, memory is arithmetic (bytes)."""
+
+    model_params: int = 0
+    rows: int = 0
+    steps: int = 0
+    tokens: int = 0
+    memory_bytes: int = 0
+    note: str = ""

@@ -1,0 +1,85 @@
+"""A tiny model that divides over every mesh, batches for it, and the way to take a train step on a mesh."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jrlhf.config import MeshConfig
+from jrlhf.models.config import ModelConfig
+from jrlhf.models.transformer import Model, with_scalar_head
+from jrlhf.optim import Optimizer
+from jrlhf.sharding import make_mesh, put_batch, state_shardings
+
+TINY = ModelConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, context=64)
+MODEL = Model(TINY)
+SCALAR = Model(TINY, "scalar")
+AXES = SCALAR.logical_axes() | MODEL.logical_axes()
+MESHES = {"data": MeshConfig(8, 1, 1), "all": MeshConfig(2, 2, 2)}
+
+# Plain descent at rate 1: the parameters before a step less those after it are its gradient.
+DESCENT = Optimizer(optax.sgd(1.0), lambda updates: jnp.float32(1.0), None)
+
+
+@functools.cache
+def init_params(model: Model, seed: int = 0) -> Any:
+    return jax.jit(model.init)(jax.random.key(seed))
+
+
+def sharp(params: Any, factor: float = 20.0) -> Any:
+    """Fresh parameters with larger embeddings: fresh ones predict all tokens alike, and would hide mistakes."""
+    return params | {"embed": {"embedding": params["embed"]["embedding"] * factor}}
+
+
+def lm_params(seed: int = 0) -> Any:
+    return sharp(init_params(MODEL, seed))
+
+
+def scalar_params(seed: int = 1) -> Any:
+    return with_scalar_head(lm_params(seed), jax.random.key(seed + 100))
+
+
+def assert_close(a: Any, b: Any, atol: float = 1e-5, rtol: float = 1e-5) -> None:
+    """Two trees are equal within a tolerance, and none of it is NaN."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=rtol, err_msg=where)
+        assert np.all(np.isfinite(np.asarray(x, np.float32))), where
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    gaps = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)))), a, b)
+    return max(jax.tree.leaves(gaps))
+
+
+class Step(NamedTuple):
+    """What one train step did."""
+
+    state: Any  # on its devices
+    params: Any  # on the host
+    gradient: Any  # parameters before less those after: the gradient, under DESCENT
+    metrics: dict  # on the host
+    hlo: str  # the compiled program's text
+
+
+def one_step(algorithm, init_args: tuple, batch: Any, mesh: str | None = None) -> Step:
+    """A compiled train step on one device, or with state and batch split over one of MESHES."""
+    state = algorithm.init(*init_args)
+    before = jax.device_get(state.params)
+    if mesh is None:
+        compiled = jax.jit(algorithm.train_step).lower(state, batch).compile()
+        state, metrics = compiled(state, batch)
+    else:
+        devices = make_mesh(MESHES[mesh])
+        state = jax.device_put(state, state_shardings(devices, state, AXES))
+        batch = put_batch(devices, jax.device_get(batch))
+        with jax.set_mesh(devices):
+            compiled = jax.jit(algorithm.train_step).lower(state, batch).compile()
+            state, metrics = compiled(state, batch)
+    params, metrics = jax.device_get((state.params, metrics))
+    gradient = jax.tree.map(lambda a, b: a - b, before, params)
+    return Step(state, params, gradient, metrics, compiled.as_text())

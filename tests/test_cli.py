@@ -1,0 +1,364 @@
+"""The command line: what it does, what it says to a mistake, and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from jrlhf.cli import main
+from jrlhf.config import STOP, UserError
+
+REPOSITORY = Path(__file__).parent.parent
+
+FILE = """
+import os, signal, sys
+from dataclasses import dataclass
+
+from jrlhf.config import STOP, Preempted, Source, Stage, UserError, stage_ref
+from jrlhf.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class CliLines(Source):
+    path: str
+    def files(self):
+        return (self.path,) if self.path else ()
+
+
+@dataclass(frozen=True)
+class CliTrain(Stage):
+    '''Adds numbers.'''
+
+    start: str = stage_ref("")
+    lr: float = 0.1  # Step size.
+    steps: int = 3
+    data: Source = CliLines("")
+    act: str = ""
+
+    def run(self, ctx):
+        if self.act == "sigterm" and not (ctx.folder / "saved").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert STOP.requested
+            (ctx.folder / "saved").touch()
+            raise Preempted("at step 1")
+        if self.act == "ctrl-c":
+            raise KeyboardInterrupt
+        if self.act == "mistake":
+            raise UserError("data.txt:3: no field 'prompt'")
+        if self.act == "devices":
+            import jax
+            return {"devices": jax.device_count(), "cache": jax.config.jax_compilation_cache_dir}
+        return {"lr": self.lr, "curve": list(range(20)), "nested": {"steps": self.steps}}
+
+
+experiment = Experiment(
+    "toy", {"base": CliTrain(), "sft": CliTrain("base", lr=0.2), "ppo": CliTrain("sft", lr=0.3)}, seeds=(0, 1)
+)
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """An experiment file in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JRLHF_RUNS", raising=False)
+    Path("toy.py").write_text(FILE)
+    Path("data.txt").write_text("x\n")
+    return "toy.py"
+
+
+@pytest.fixture
+def call(capsys):
+    """call("run toy.py") -> (exit code, stdout, stderr)"""
+
+    def call(command: str):
+        code = main(command.split())
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def results(name: str) -> dict:
+    (folder,) = Path("runs").glob(f"{name}-*")
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_run_then_run_again(file, call):
+    code, out, err = call("run toy.py")
+    assert (code, err) == (0, "")
+    assert out.count(": running in runs/stages/cli-train-") == 6
+    code, out, _ = call("run toy.py")
+    assert code == 0
+    assert out.count(": reused runs/stages/cli-train-") == 6
+    assert set(results("toy")) == {"base", "sft", "ppo"}
+
+
+def test_overrides(file, call):
+    code, _, err = call("run toy.py --stages.ppo.lr 0.5 --seeds 7 --name other --mesh.data 2 --runs-dir runs")
+    assert (code, err) == (0, "")
+    assert {n: s["7"]["lr"] for n, s in results("other").items()} == {"base": 0.1, "sft": 0.2, "ppo": 0.5}
+
+
+def test_run_again_from_the_run_folder(file, call):
+    call("run toy.py --name first --stages.sft.steps 5")
+    (folder,) = Path("runs").glob("first-*")
+    code, out, err = call(f"run {folder}/config.json")
+    assert (code, err) == (0, "")
+    assert out.count("reused") == 6
+    assert len(list(Path("runs").glob("first-*"))) == 1
+    assert call(f"run {folder} --stages.ppo.steps 6")[1].count("reused") == 4
+
+
+def test_force(file, call):
+    call("run toy.py --seeds 0")
+    code, out, _ = call("run toy.py --seeds 0 --force sft --stages.ppo.lr 0.3")
+    assert code == 0
+    assert (out.count("reused"), out.count("running in"), out.count("is kept as")) == (1, 2, 2)
+    assert call("run toy.py --force --seeds 0")[1].count("running in") == 3
+
+
+def test_dry_run(file, call):
+    call("run toy.py --seeds 0 --stages.ppo.lr 0.9")
+    before = sorted(Path("runs").rglob("*"))
+    code, out, err = call("run toy.py --seeds 0 --dry-run")
+    assert (code, err) == (0, "")
+    lines = {line.split()[1]: line for line in out.splitlines() if "cli-train" in line}
+    assert "finished" in lines["base"]
+    assert "to do" in lines["ppo"]
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_runs_dir_from_the_environment(file, call, monkeypatch):
+    monkeypatch.setenv("JRLHF_RUNS", "elsewhere")
+    assert call("run toy.py --seeds 0")[0] == 0
+    assert len(list(Path("elsewhere").glob("toy-*"))) == 1
+    assert not Path("runs").exists()
+
+
+def test_help(file, call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(
+        f"\n    {name} " in out for name in ("run", "list", "show", "compare", "generate", "chat", "export")
+    )
+    assert "--dry-run" in call("run --help")[1]
+    code, out, err = call("run toy.py --help")
+    assert (code, err) == (0, "")
+    out = " ".join(out.split())
+    assert "--dry-run" in out
+    assert "stages.ppo options" in out
+    assert "--stages.ppo.lr FLOAT Step size. (default: 0.3)" in out
+    assert "Adds numbers." in out
+    assert not Path("runs").exists()
+    assert call("--version")[1].startswith("jrlhf ")
+
+
+def test_help_does_not_import_jax():
+    code = "import sys, jrlhf.cli as c; c.main(['--help']); assert not {'jax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY, capture_output=True)
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+# (command, edit of the experiment file, what stderr says)
+MISTAKES = [
+    ("", None, None),
+    ("rnu toy.py", None, "rnu: no such command. Did you mean 'run'?"),
+    ("run", None, "the following arguments are required: FILE"),
+    ("run tyo.py", None, "tyo.py: no such file. Did you mean 'toy.py'?"),
+    ("run none/toy.py", None, "none/toy.py: no such file. There is no folder none."),
+    ("run toy.yaml", None, "toy.yaml: no such file."),
+    ("run data.txt", None, "data.txt: an experiment is a .py file or a config.json"),
+    ("run toy.py --stages.ppo.lrr 1", None, "--stages.ppo.lrr: no such field. Did you mean 'lr'?"),
+    ("run toy.py --stages.pp.lr 1", None, "Did you mean '--stages.ppo.lr'?"),
+    ("run toy.py --stages.ppo.lr abc", None, "--stages.ppo.lr: expected a float, got 'abc'"),
+    ("run toy.py --stages.ppo.steps 1.5", None, "--stages.ppo.steps: expected an int, got '1.5'"),
+    ("run toy.py --seeds x", None, "--seeds: expected a list (each an int), got 'x'"),
+    ("run toy.py --seeds -1", None, "seeds: must be in [0, 2^31), got (-1,)"),
+    ("run toy.py --dry-rnu", None, "--dry-rnu: no such option or field. Did you mean '--dry-run'?"),
+    ("run toy.py extra", None, "unrecognized arguments: extra"),
+    ("run toy.py --force pppo", None, "--force pppo: not a stage. Did you mean 'ppo'?"),
+    ("run toy.py --devices 0", None, "--devices: expected at least 1, got 0"),
+    ("run toy.py --devices x", None, "argument --devices: invalid int value: 'x'"),
+    ("run toy.py --devices 3", None, "--devices 3: jax has started with 8"),
+    ("run toy.py --import mine.py", None, "mine.py: no such file."),
+    ("run toy.py --stages.ppo.start stf", None, "stages.ppo: starts from 'stf', which is not a stage. Did you"),
+    ("run toy.py --stages.base.start ppo", None, "stages: a cycle: base -> ppo -> sft -> base"),
+    ("run toy.py --stages.ppo.data.path dta.txt", None, "stages.ppo: dta.txt: no such file. Did you mean"),
+    ("run toy.py --stages.ppo.act mistake", None, "data.txt:3: no field 'prompt'"),
+    ("run toy.py --name a/b", None, "name: 'a/b' cannot be a name"),
+    ("run toy.py", ("experiment = Exp", "experimnt = Exp"), "toy.py: defines no `experiment = Exp"),
+    ("run toy.py", ("lr=0.3)", "lr=0.3"), "toy.py:41: SyntaxError: "),
+    ("run toy.py", ("lr=0.3", "lrr=0.3"), "toy.py:42: TypeError: "),
+    ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got 'x'"),
+    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "toy.py:41: "),
+    ("run toy.py", ("import os", "import oss"), "toy.py:2: ModuleNotFoundError: No module named 'oss'"),
+    ("run toy.py", ("import os", "import sys; sys.exit(3); import os"), "toy.py:2: SystemExit: 3"),
+    ("run empty/config.json", None, "empty/config.json: no such file"),
+    ("run broken.json", None, "broken.json:2: not valid JSON"),
+    ("run other.json", None, "other.json: not an experiment's config"),
+    ("run alien.json", None, "alien.json.stages.a.type: 'CliTrian' is not a Stage. Did you mean 'CliTrain'?"),
+    ("show", None, "the following arguments are required: run"),
+    ("show nothing", None, "nothing: no such run in runs. Known: (none)."),
+    ("compare nothing", None, "nothing: no such run in runs."),
+    ("generate nothing --prompt x", None, "nothing: no such run in runs."),
+    ("generate toy.py", None, "the following arguments are required: --prompt"),
+    ("generate toy.py --prompt x --temperature -1", None, "--temperature: must be at least 0, got -1.0"),
+    ("generate toy.py --prompt x --top-p 0", None, "--top-p: must be in (0, 1], got 0.0"),
+    ("generate toy.py --prompt x --n 0", None, "--n: must be at least 1, got 0"),
+    ("chat toy.py --max-new-tokens 0", None, "--max-new-tokens: must be at least 1, got 0"),
+    ("export toy.py .", None, ".: exists and is not empty; name a new folder"),
+    ("list --runsdir x", None, "unrecognized arguments: --runsdir x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "edit", "message"), MISTAKES, ids=[f"{c}|{e[1] if e else ''}" for c, e, _ in MISTAKES]
+)
+def test_a_mistake_is_one_message_and_exit_code_2(command, edit, message, file, call):
+    Path("broken.json").write_text('{"name": "x",\n "stages": ]}')
+    Path("other.json").write_text("[]")
+    Path("alien.json").write_text('{"name": "x", "stages": {"a": {"type": "CliTrian"}}}')
+    if edit:
+        assert FILE.count(edit[0]) == 1
+        Path("toy.py").write_text(FILE.replace(*edit))
+    elif "alien" in command:
+        call("run toy.py --help")  # makes the class known
+    code, out, err = call(command)
+    assert code == 2
+    if message is None:
+        assert "usage: jrlhf" in out
+        return
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_debug_shows_where_an_error_comes_from(file):
+    with pytest.raises(UserError, match="no such file"):
+        main(["run", "none.py", "--debug"])
+
+
+def test_a_bug_is_not_hidden(file):
+    Path("toy.py").write_text(FILE.replace("raise KeyboardInterrupt", "1 / 0"))
+    with pytest.raises(ZeroDivisionError):
+        main(["run", "toy.py", "--stages.base.act", "ctrl-c"])
+
+
+def test_ctrl_c(file, call):
+    code, _, err = call("run toy.py --stages.base.act ctrl-c")
+    assert code == 130
+    assert "run the same command to go on" in err
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(file, call):
+    code, out, err = call("run toy.py --stages.sft.act sigterm --seeds 0")
+    assert code == 75
+    assert "sft (seed 0): finished" not in out
+    assert "stopped (at step 1); saved. Run the same command to go on." in err
+    assert not STOP.requested
+    code, out, _ = call("run toy.py --stages.sft.act sigterm --seeds 0")
+    assert code == 0
+    assert "base (seed 0): reused" in out
+    assert "sft (seed 0): resuming" in out
+    assert "ppo (seed 0): running" in out
+
+
+# --- other commands -----------------------------------------------------------------------------------------
+
+
+def test_list_and_show(file, call):
+    assert call("list")[1] == "no runs in runs\n"
+    call("run toy.py --seeds 0 1")
+    call("run toy.py --seeds 0 --name half --stages.ppo.act mistake")
+    code, out, err = call("list")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert any("toy-" in line and "6/6" in line for line in lines)
+    assert any("half-" in line and "2/3" in line for line in lines)
+    code, out, err = call("show toy")
+    assert (code, err) == (0, "")
+    assert "CliTrain" in out
+    assert "lr: 0.3" in out
+    assert "nested.steps: 3" in out
+    assert "curve: 20 values" in out
+    assert "partial" in call("show half")[1]
+    call("run toy.py --seeds 5")
+    assert "toy: several runs have names that begin so: toy-" in call("show toy")[2]
+    assert "Did you mean 'half-" in call("show halv-0")[2]
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Records the calls that the commands make."""
+    calls = []
+    module = types.ModuleType("jrlhf.training.serve")
+    for name in ("generate", "chat", "export"):
+        setattr(module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs)))
+    import jrlhf.training
+
+    monkeypatch.setitem(sys.modules, "jrlhf.training.serve", module)
+    monkeypatch.setattr(jrlhf.training, "serve", module, raising=False)
+    return calls
+
+
+def test_generate_chat_export_find_the_model(file, call, serve):
+    call("run toy.py")
+    (run,) = Path("runs").glob("toy-*")
+    index = json.loads((run / "stages.json").read_text())
+    assert call("generate toy:sft:1 --prompt a --prompt b --n 2 --top-k 5 --temperature 0")[0] == 0
+    assert call("chat toy:ppo --seed 3")[0] == 0
+    assert call("chat toy")[0] == 0
+    assert call("export data.txt out")[0] == 0
+    (_, (path, prompts), sampling), (_, (chatted,), options), (_, (whole,), _), exported = serve
+    assert path == Path("runs") / index["sft"]["1"]
+    assert path.is_dir()
+    assert prompts == ["a", "b"]
+    assert {k: sampling[k] for k in ("n", "top_k", "temperature", "top_p", "max_new_tokens", "seed")} == {
+        "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0,
+    }  # fmt: skip
+    assert chatted == Path("runs") / index["ppo"]["0"]
+    assert options["seed"] == 3
+    assert whole == run
+    assert exported == ("export", (Path("data.txt"), Path("out")), {})
+    assert "has no stage 'sfft'. Did you mean 'sft'?" in call("generate toy:sfft --prompt a")[2]
+    assert "has no seed '9'. Known: 0, 1." in call("generate toy:sft:9 --prompt a")[2]
+
+
+def test_compare_passes_the_runs(file, call, monkeypatch):
+    calls = []
+    module = types.ModuleType("jrlhf.compare.report")
+    module.write_report = lambda runs, out, console: calls.append((runs, out)) or "report/index.html"
+    monkeypatch.setitem(sys.modules, "jrlhf.compare.report", module)
+    call("run toy.py --seeds 0")
+    call("run toy.py --seeds 1 --name other")
+    code, out, _ = call("compare toy other --out there")
+    assert (code, out) == (0, "report/index.html\n")
+    (first,), (second,) = Path("runs").glob("toy-*"), Path("runs").glob("other-*")
+    assert calls == [([first, second], Path("there"))]
+
+
+def test_a_fresh_process(file):
+    """Devices and the compilation cache are set before jax starts; --import makes own classes known."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+
+    def jrlhf(command: str):
+        words = [sys.executable, "-m", "jrlhf.cli", *command.split()]
+        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+
+    done = jrlhf("run toy.py --seeds 0 --stages.ppo.act devices --devices 3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert results("toy")["ppo"]["0"] == {"devices": 3, "cache": str(Path("runs/.jax_cache").absolute())}
+    (folder,) = Path("runs").glob("toy-*")
+    unknown = jrlhf(f"run {folder}")
+    assert unknown.returncode == 2
+    assert "'CliTrain' is not a Stage." in unknown.stderr
+    assert "--import FILE.py" in unknown.stderr
+    assert jrlhf(f"run {folder} --import toy.py").stdout.count("reused") == 3
