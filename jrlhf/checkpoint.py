@@ -14,6 +14,7 @@ The run folder must be a file system that every process sees (a bucket has to be
 """
 
 import errno
+import functools
 import json
 import logging
 import math
@@ -403,15 +404,17 @@ def _load_state(path: Path, leaves: dict[str, dict], template: Any, orbax: Any) 
 
 
 def _unpack(packed: np.ndarray, info: dict, like: Any) -> jax.Array:
+    data = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if _is_key(like):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(like.shape, like.dtype))
-    else:
-        data = like
+        data = jax.eval_shape(jax.random.key_data, data)
     start, size = info["packed"], math.prod(data.shape) * np.dtype(data.dtype).itemsize
     values = packed[start : start + size].view(data.dtype).reshape(data.shape)
     if _is_key(like):
-        keys = jax.random.wrap_key_data(jax.numpy.asarray(values), impl=info["key_impl"])
-        return jax.device_put(keys, _sharding(like))
+        # Under jit, because keys cannot be put onto devices of other processes.
+        wrap = jax.jit(
+            functools.partial(jax.random.wrap_key_data, impl=info["key_impl"]), out_shardings=_sharding(like)
+        )
+        return wrap(values)
     return jax.make_array_from_callback(data.shape, _sharding(like), lambda index: values[index])
 
 

@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors, and whose options are not abbreviated."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see `{self.prog} --help`)")
@@ -129,7 +129,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, made
 
 
-_MODEL = "RUN[:STAGE[:SEED]], a stage folder, or a Hugging Face checkpoint"
+_MODEL = "RUN[:STAGE[:SEED]], a stage folder, or a Hugging Face checkpoint (folder or hub name)"
 
 
 def _add_model(p: argparse.ArgumentParser) -> None:
@@ -387,7 +387,8 @@ def _generate(options: argparse.Namespace) -> int:
     _set_up_jax(None, options.runs_dir, distributed=False)
     from jrlhf.training import serve
 
-    serve.generate(path, options.prompt, n=options.n, console=Console(), **sampling)
+    for prompt in options.prompt:
+        serve.generate(path, prompt, n=options.n, console=Console(), **sampling)
     return 0
 
 
@@ -415,8 +416,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _model_folder(text: str, runs_dir: Path) -> Path:
-    """A path as it is; RUN as its run folder; RUN:STAGE[:SEED] as that stage's folder."""
-    if Path(text).exists():
+    """A path, or a hub name, as it is; RUN as its run folder; RUN:STAGE[:SEED] as that stage's folder."""
+    if Path(text).exists() or (text.count("/") == 1 and ":" not in text):
         return Path(text)
     from jrlhf.experiment import find_run, stage_folders
 

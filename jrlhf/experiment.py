@@ -71,9 +71,9 @@ class Experiment:
     name: str
     stages: dict[str, Stage]
     seeds: tuple[int, ...] = (0,)
-    # The first stage whose seed varies: it and what depends on it run once per seed, every other stage once
-    # with seeds[0]. Empty: every stage runs once per seed.
     seed_from: str = ""
+    """The first stage whose seed varies: it and what depends on it run once per seed, every other stage once
+    with seeds[0]. Empty: every stage runs once per seed."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -145,7 +145,8 @@ def load_python(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as e:
-        raise UserError(f"{e.filename or path}:{e.lineno}: {type(e).__name__}: {e.msg}") from e
+        file = path if e.filename == str(full) else e.filename
+        raise UserError(f"{file}:{e.lineno}: {type(e).__name__}: {e.msg}") from e
     except (Exception, SystemExit) as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(full)]
         where = f"{path}:{lines[-1]}" if lines else str(path)
@@ -653,7 +654,8 @@ def find_run(name: str, runs_dir: Path) -> Path:
     if len(found) > 1:
         raise UserError(f"{name}: several runs have names that begin so: {', '.join(found)}")
     if not found:
-        raise UserError(f"{name}: no such run in {runs_dir}.{did_you_mean(name, known)}")
+        hint = did_you_mean(name, {n.rpartition("-")[0] for n in known})
+        raise UserError(f"{name}: no such run in {runs_dir}.{hint}")
     return runs_dir / found[0]
 
 

@@ -124,9 +124,39 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Host rows (this process' share, leading axis batch) to global arrays split over the batch axis."""
+    """Rows (all of them, on every host) to global arrays split over the batch axis; each host copies its own."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+    def put(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def take_batch(mesh: Mesh, arrays: Any, rows: np.ndarray) -> Any:
+    """`put_batch` of the numbered rows of in-memory arrays: each host reads only those of its own devices."""
+    sharding = batch_sharding(mesh)
+
+    def put(x):
+        shape = (len(rows), *x.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, lambda index: x[rows[index[0]]])
+
+    return jax.tree.map(put, arrays)
+
+
+def fetch(tree: Any) -> Any:
+    """Global arrays as numpy, whole on every host (a collective when there are several: all must call it)."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

@@ -187,16 +187,16 @@ MISTAKES = [
     ("run toy.py --devices x", None, "argument --devices: invalid int value: 'x'"),
     ("run toy.py --devices 3", None, "--devices 3: jax has started with 8"),
     ("run toy.py --import mine.py", None, "mine.py: no such file."),
-    ("run toy.py --stages.ppo.start stf", None, "stages.ppo: starts from 'stf', which is not a stage. Did you"),
+    ("run toy.py --stages.ppo.start stf", None, "stages.ppo: starts from 'stf', which is not a stage."),
     ("run toy.py --stages.base.start ppo", None, "stages: a cycle: base -> ppo -> sft -> base"),
     ("run toy.py --stages.ppo.data.path dta.txt", None, "stages.ppo: dta.txt: no such file. Did you mean"),
     ("run toy.py --stages.ppo.act mistake", None, "data.txt:3: no field 'prompt'"),
     ("run toy.py --name a/b", None, "name: 'a/b' cannot be a name"),
     ("run toy.py", ("experiment = Exp", "experimnt = Exp"), "toy.py: defines no `experiment = Exp"),
-    ("run toy.py", ("lr=0.3)", "lr=0.3"), "toy.py:41: SyntaxError: "),
-    ("run toy.py", ("lr=0.3", "lrr=0.3"), "toy.py:42: TypeError: "),
+    ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:43: SyntaxError: "),
+    ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:43: TypeError: "),
     ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got 'x'"),
-    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "toy.py:41: "),
+    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:42: TypeError: "),
     ("run toy.py", ("import os", "import oss"), "toy.py:2: ModuleNotFoundError: No module named 'oss'"),
     ("run toy.py", ("import os", "import sys; sys.exit(3); import os"), "toy.py:2: SystemExit: 3"),
     ("run empty/config.json", None, "empty/config.json: no such file"),
@@ -291,7 +291,7 @@ def test_list_and_show(file, call):
     assert "partial" in call("show half")[1]
     call("run toy.py --seeds 5")
     assert "toy: several runs have names that begin so: toy-" in call("show toy")[2]
-    assert "Did you mean 'half-" in call("show halv-0")[2]
+    assert "hlaf: no such run in runs. Did you mean 'half'?" in call("show hlaf")[2]
 
 
 @pytest.fixture
@@ -316,10 +316,13 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert call("chat toy:ppo --seed 3")[0] == 0
     assert call("chat toy")[0] == 0
     assert call("export data.txt out")[0] == 0
-    (_, (path, prompts), sampling), (_, (chatted,), options), (_, (whole,), _), exported = serve
+    assert call("chat org/model")[0] == 0
+    (_, (path, a), sampling), (_, (_, b), _), (_, (chatted,), options), (_, (whole,), _), exported, hub = (
+        serve
+    )
     assert path == Path("runs") / index["sft"]["1"]
     assert path.is_dir()
-    assert prompts == ["a", "b"]
+    assert (a, b) == ("a", "b")
     assert {k: sampling[k] for k in ("n", "top_k", "temperature", "top_p", "max_new_tokens", "seed")} == {
         "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0,
     }  # fmt: skip
@@ -327,6 +330,7 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert options["seed"] == 3
     assert whole == run
     assert exported == ("export", (Path("data.txt"), Path("out")), {})
+    assert hub[1] == (Path("org/model"),)
     assert "has no stage 'sfft'. Did you mean 'sft'?" in call("generate toy:sfft --prompt a")[2]
     assert "has no seed '9'. Known: 0, 1." in call("generate toy:sft:9 --prompt a")[2]
 

@@ -67,8 +67,9 @@ class ConfigTrain(Stage):
     start: str = stage_ref("")
     beta: float = 0.1  # KL weight
     steps: int = 10
+    lr_end: float = 0.0
     shuffle: bool = True
-    loss: Literal["sigmoid", "hinge", 2] = "sigmoid"
+    loss: Literal["sigmoid", "hinge", 1] = "sigmoid"
     lora: ConfigLora | None = None
     judge: ConfigCoin | ConfigLora = ConfigCoin()
     labeler: Labeler = ConfigCoin(0.25)
@@ -99,7 +100,7 @@ FULL = ConfigTrain(
     beta=0.1 + 0.2,
     steps=2**60,
     shuffle=False,
-    loss=2,
+    loss=1,
     lora=ConfigLora(4),
     judge=ConfigLora(2),
     labeler=ConfigCoin(0.125),
@@ -158,7 +159,7 @@ BAD_DATA = [
     (changed(steps=True), "ppo.steps: expected an int, got True"),
     (changed(steps="inf"), "ppo.steps: expected an int, got 'inf'"),
     (changed(shuffle=0), "ppo.shuffle: expected true or false, got 0"),
-    (changed(loss="hing"), "ppo.loss: expected one of 'sigmoid', 'hinge', 2, got 'hing'"),
+    (changed(loss="hing"), "ppo.loss: expected one of 'sigmoid', 'hinge', 1, got 'hing'"),
     (changed(loss=True), "ppo.loss: expected one of"),
     (changed(pair=[1]), "ppo.pair: expected a list of 2, got [1]"),
     (changed(pair=[1, 2]), "ppo.pair.1: expected a string, got 2"),
@@ -260,11 +261,12 @@ def nested_lines(graph: Graph) -> ConfigLines:
 OVERRIDES = [
     ("--stages.the-rm.beta 1e-4", lambda g: g.stages["the-rm"].beta, 1e-4),
     ("--stages.the_rm.beta=-2", lambda g: g.stages["the-rm"].beta, -2.0),
+    ("--stages.base.lr-end 2", lambda g: g.stages["base"].lr_end, 2.0),
     ("--stages.base.beta inf", lambda g: g.stages["base"].beta, math.inf),
     ("--stages.base.steps -1", lambda g: g.stages["base"].steps, -1),
     ("--stages.base.shuffle false", lambda g: g.stages["base"].shuffle, False),
     ("--stages.base.loss hinge", lambda g: g.stages["base"].loss, "hinge"),
-    ("--stages.base.loss 2", lambda g: g.stages["base"].loss, 2),
+    ("--stages.base.loss 1", lambda g: g.stages["base"].loss, 1),
     ("--stages.base.start -x", lambda g: g.stages["base"].start, "-x"),
     ("--stages.the-rm.start=", lambda g: g.stages["the-rm"].start, ""),
     ("--stages.base.pair 3 z", lambda g: g.stages["base"].pair, (3, "z")),
@@ -309,7 +311,7 @@ BAD_OVERRIDES = [
     ("--stages.base.beta", "--stages.base.beta: expected a float after it"),
     ("--stages.base.steps 1.5", "--stages.base.steps: expected an int, got '1.5'"),
     ("--stages.base.shuffle maybe", "--stages.base.shuffle: expected true or false, got 'maybe'"),
-    ("--stages.base.loss c", "--stages.base.loss: expected one of 'sigmoid', 'hinge', 2, got 'c'"),
+    ("--stages.base.loss c", "--stages.base.loss: expected one of 'sigmoid', 'hinge', 1, got 'c'"),
     ("--stages.base.start a b", "--stages.base.start: expected one string, got 'a b' (quote it)"),
     ("--stages.base.lora.rank 3", "stages.base.lora is None here; set it in the experiment file"),
     ("--stages.base 3", "--stages.base is not one value; set one of its fields"),

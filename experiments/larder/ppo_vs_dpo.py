@@ -41,7 +41,9 @@ experiment = Experiment(
         "pretrain": Pretrain(
             data=LarderText(documents=40_000),
             tokenizer=TokenizerConfig(model_type="word", vocab_size=128, texts=(LarderVocabulary(),)),
-            model=ModelConfig(d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=192, context=40, remat="full"),
+            model=ModelConfig(
+                d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=192, context=40, remat="full"
+            ),
             optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
             loop=LoopConfig(steps=500, batch_size=128),
         ),

@@ -26,7 +26,7 @@ BASELINE = "#747b85"
 # Okabe & Ito (2008): blue, vermillion, bluish green, reddish purple, orange, sky blue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDTH = 5.4  # inches; a phone shows it at about three quarters, so 9.5 pt text stays readable
+WIDTH = 4.8  # inches; a phone shows it at about four fifths, so 9.5 pt text stays readable
 DASHES = (0, (4, 2))
 BINS = 150  # points of a training curve after binning
 
@@ -35,6 +35,7 @@ STYLE = {
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
     "axes.edgecolor": RULE,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
@@ -141,7 +142,9 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
             ax.plot(kl, gold, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
             ax.plot(kl, gold, ".", color=MUTED, ms=4, zorder=2)
             boxes += _along(kl, gold)
-            labels.append((kl[-1], gold[-1], f"best of n, to {curve.n[-1]}", MUTED))
+            labels.append(
+                (kl[-1], gold[-1], f"best of n, to {curve.n[-1]} {evaluation.label}".strip(), MUTED)
+            )
     logged = f"reward/{summary.reward_name}/mean", "kl/ref_k1"
     paths = [entry for entry in _trained(summary, looks) if set(logged) <= set(_names(entry[2]))]
     for _, look, seeds in paths:
@@ -150,7 +153,7 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
         boxes += _along(kl, gold)
     for row in rows:
         _cross(ax, row.kl, row.gold, looks[row.label])
-        labels.append((row.kl.value, row.gold.value, row.label, INK))
+        labels.append((row.kl.value, row.gold.value, row.label, looks[row.label].color))
         boxes += _along(np.array(row.kl[1:]), np.full(2, row.gold.value)) if np.isfinite(row.kl.low) else []
         boxes += _along(np.full(2, row.kl.value), np.array(row.gold[1:])) if np.isfinite(row.gold.low) else []
         boxes.append((row.kl.value, row.gold.value))
@@ -336,7 +339,7 @@ def learning_curves(summary: Summary, looks: dict[str, Look]) -> Figure:
         "entropy or the share of answers that end falling towards zero, and for length or KL that keeps"
         " growing."
     )
-    return _figure("learning_curves", title, f"Entropy went {finding}." if finding else "", guide, panels)
+    return _figure("learning_curves", title, f"Entropy: {finding}." if finding else "", guide, panels)
 
 
 # --- 4. best of n ---------------------------------------------------------------------------------------
@@ -510,7 +513,7 @@ def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
     longer = max(lengths, key=lambda entry: np.median(entry[1]))
     finding = f"The baseline's median is {first:.0f} tokens"
     finding += (
-        f"; the longest is {longer[0]}'s, {np.median(longer[1]):.0f}."
+        f"; the longest is {longer[0]} with {np.median(longer[1]):.0f}."
         if np.median(longer[1]) > first
         else "; no policy's is longer."
     )
@@ -622,7 +625,7 @@ def _square_root_axis(ax: Axes) -> None:
 
 def _kl_ticks(ax: Axes, right: float) -> None:
     decade = np.floor(np.log10(right))
-    steps = [step * 10**power for power in (decade, decade - 1, decade - 2) for step in (8, 6, 4, 3, 2, 1)]
+    steps = [step * 10**power for power in (decade, decade - 1, decade - 2) for step in (8, 6, 5, 4, 3, 2, 1)]
     kept = [0.0]
     for step in steps:  # downwards, so that the far end is named
         if step <= right and min(abs(np.sqrt(step) - np.sqrt(other)) for other in kept) > 0.1 * np.sqrt(
@@ -661,29 +664,38 @@ def _along(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
     return list(zip(np.interp(at, np.arange(len(x)), x), np.interp(at, np.arange(len(x)), y), strict=True))
 
 
-def _place(ax: Axes, labels: list[tuple[float, float, str, str]], points: list[tuple[float, float]]) -> None:
-    """Put each name beside its point, on the side where it covers the fewest points and names."""
+def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tuple[float, float]]) -> None:
+    """Put each name near its point, on the side where it covers the least of markers, lines and names.
+
+    A name that had to go further away is tied to its point by a thin line in the point's colour.
+    """
     ax.figure.draw_without_rendering()
-    scale = 72 / ax.figure.dpi
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (ax.transData.transform(p) * scale for p in points)]
-    frame = ax.get_window_extent().extents * scale
+    scale = 72 / ax.figure.dpi  # pixels to points
+    taken = [
+        (x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in (ax.transData.transform(p) * scale for p in lines)
+    ]
+    taken += [
+        (x - 5, y - 5, x + 5, y + 5) for x, y in (ax.transData.transform(p[:2]) * scale for p in labels)
+    ]
+    frame = tuple(ax.get_window_extent().extents * scale)
     for px, py, text, color in labels:
         x, y = ax.transData.transform((px, py)) * scale
-        width, height = 5.3 * len(text), 10.0
+        width, height = 5.6 * len(text), 9.0
         best = None
-        for reach in (8, 16, 26):
-            for dx, dy in ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+        for reach in (9, 13, 18, 26):
+            for dx, dy in ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)):
                 left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
-                base = y + dy * reach * 0.9 - height / 2
+                base = y + dy * reach - height / 2
                 box = (left, base, left + width, base + height)
-                cost = sum(_overlap(box, other) for other in taken) + reach * 0.5
-                cost += 50 * (_overlap(box, tuple(frame)) < 0.99 * width * height)
+                cost = sum(_overlap(box, other) for other in taken) + 2 * reach + 4 * (dx == 0)
+                cost += 1000 * (_overlap(box, frame) < 0.99 * width * height)
                 if best is None or cost < best[0]:
                     best = (cost, dx, dy, reach, box)
         _, dx, dy, reach, box = best
         ax.annotate(
-            text, (px, py), xytext=(dx * reach, dy * reach * 0.9), textcoords="offset points", color=color,
-            ha={1: "left", 0: "center", -1: "right"}[dx], va="center", fontsize=9, zorder=5,
+            text, (px, py), xytext=(dx * reach, dy * reach), textcoords="offset points", zorder=5, fontsize=9,
+            color=MUTED if color == MUTED else INK, ha={1: "left", 0: "center", -1: "right"}[dx], va="center",
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8} if reach > 13 and color != MUTED else None,
         )  # fmt: skip
         taken.append(box)
 

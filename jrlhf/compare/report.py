@@ -241,7 +241,7 @@ def _html(summary: Summary, figures: list[plots.Figure]) -> str:
         splits=[
             (split, rows, _columns(rows))
             for split in summary.splits
-            if (rows := [row for row in summary.rows if row.split == split])
+            if (rows := [row for row in summary.rows if row.split == split and row not in summary.main])
         ],
         criteria=_criteria(summary.main),
         figures=[

@@ -191,18 +191,17 @@ def pack(
     Segments are numbered from 1 in each row and 0 is padding; positions restart at 0 in each. First-fit
     decreasing (Johnson 1973) within windows of `window` examples, so that neighbours in the data stay near.
     """
-    examples, bins = list(examples), []
+    examples = list(examples)
+    bins: list[list[Example]] = []
     for start in range(0, len(examples), window):
-        group = sorted(
-            examples[start : start + window], key=lambda e: -len(e.ids)
-        )  # stable, so deterministic
+        group = sorted(examples[start : start + window], key=lambda e: -len(e.ids))  # stable: repeatable
         room = np.full(len(group), length)
         rows: list[list[Example]] = [[] for _ in group]
         for example in group:
             _check_fits(len(example.ids), length)
-            row = int(np.argmax(room >= len(example.ids)))
-            rows[row].append(example)
-            room[row] -= len(example.ids)
+            first = int(np.argmax(room >= len(example.ids)))
+            rows[first].append(example)
+            room[first] -= len(example.ids)
         bins += [row for row in rows if row]
     tokens = np.full((len(bins), length), pad_id, np.int32)
     segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)

@@ -94,7 +94,7 @@ def _check_preference(row: dict, place: str) -> None:
         _check_numbers(values, name, len(responses), place, (int, float))
 
 
-def _check_numbers(values: Any, name: str, count: int, place: str, types: tuple[type, ...]) -> None:
+def _check_numbers(values: Any, name: str, count: int, place: str, types: tuple[Any, ...]) -> None:
     if not isinstance(values, list):
         raise UserError(f"{place}: field {name!r} must be a list, got {type(values).__name__}.")
     if len(values) != count:

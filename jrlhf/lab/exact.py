@@ -117,20 +117,20 @@ def policy_with(probabilities: jax.Array) -> jax.Array:
 
 def sample(params: jax.Array, key: jax.Array, n: int) -> Samples:
     """`n` independent answers of the policy."""
-    logps = jax.nn.log_softmax(params, axis=-1)
+    cumulative = jnp.cumsum(jax.nn.softmax(params, axis=-1), axis=-1)
+    uniform = jax.random.uniform(key, (LENGTH, n, 1))  # inverse CDF: one number per token
     node = jnp.zeros(n, jnp.int32)
     ended = jnp.zeros(n, bool)
-    tokens, mask, chosen_logprobs = [], [], []
+    tokens, mask = [], []
     for t in range(LENGTH):
-        row = logps[node]
-        token = jax.random.categorical(jax.random.fold_in(key, t), row).astype(jnp.int32)
-        token = jnp.where(ended, EOS, token)
-        tokens.append(token)
+        # The last entry is 1 up to rounding; leaving it out gives EOS all that remains.
+        token = jnp.sum(uniform[t] >= cumulative[node, :-1], axis=-1, dtype=jnp.int32)
+        tokens.append(jnp.where(ended, EOS, token))
         mask.append(~ended)
-        chosen_logprobs.append(jnp.where(ended, 0.0, jnp.take_along_axis(row, token[:, None], axis=1)[:, 0]))
         ended = ended | (token == EOS)
         node = jnp.where(ended, node, jnp.minimum(SYMBOLS * node + 1 + token, STATES - 1))
-    return Samples(*(jnp.stack(x, axis=1) for x in (tokens, mask, chosen_logprobs)))
+    tokens, mask = jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
+    return Samples(tokens, mask, logprobs(params, tokens, mask))
 
 
 def optimum(world: World) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: a folder with `config.json` and safetensors, read into our tree and written back.
+"""Hugging Face checkpoints: a folder of `config.json` and safetensors, read into our tree and written back.
 
-A family of models is one `Family` table. Loading, checking and saving all walk the same rows, so a row that is
-right one way is right the other way too. Nothing is guessed: an unknown, missing, doubled or wrongly shaped
+A family of models is one `Family` table. Loading, checking and saving all walk the same rows, so a row that
+is right one way is right the other way too. Nothing is guessed: an unknown, missing, doubled or wrongly shaped
 tensor, or a config value that our decoder does not compute, is a UserError that names it.
 """
 
@@ -98,6 +98,9 @@ class Family:
     weights: tuple[Weight, ...]
     ignored: str  # regular expression of buffers that can be recomputed
 
+    def name_of(self, path: str) -> str:
+        return next(w.hf for w in self.weights if w.path == path)
+
 
 LLAMA = Family(
     model_type="llama",
@@ -167,13 +170,18 @@ def config_from_hf(
     return _model_config(path, card, family, dtype, remat, attention, logits_chunk)
 
 
+def _read_object(path: Path) -> dict:
+    card = read_json(path)
+    if not isinstance(card, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return card
+
+
 def _read_card(folder: Path) -> tuple[Path, dict, Family]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder.{_near(folder)}")
     path = folder / CONFIG
-    card = read_json(path)
-    if not isinstance(card, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    card = _read_object(path)
     kind, names = card.get("model_type"), card.get("architectures") or []
     known = sorted(a for f in FAMILIES.values() for a in f.architectures.values())
     if kind not in FAMILIES:
@@ -192,27 +200,26 @@ def _model_config(
         raise UserError(f"{path}: rope_parameters must be an object, got {rope!r}")
     if "rope_theta" in rope and card.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
         raise UserError(
-            f"{path}: rope_theta {card['rope_theta']} and rope_parameters.rope_theta {rope['rope_theta']} differ"
+            f"{path}: rope_theta {card['rope_theta']} differs "
+            f"from rope_parameters.rope_theta {rope['rope_theta']}"
         )
     _require(path, "rope_parameters.rope_type", rope.get("rope_type", "default"), ("default",))
     for name in ("factor", "partial_rotary_factor"):
         _require(path, f"rope_parameters.{name}", rope.get(name, 1.0), (1.0,))
     for name, allowed in family.fixed.items():
         value = card.get(name, allowed[0])
-        if name == "rope_scaling" and isinstance(value, dict) and _unscaled(value):
-            value = None
+        if name == "rope_scaling" and value in ({"rope_type": "default"}, {"type": "default"}):
+            value = None  # another way to say so
         _require(path, name, value, allowed)
 
     card = {"rope_theta": rope["rope_theta"]} | card if "rope_theta" in rope else card
     values: dict[str, Any] = {}
     for field in family.fields:
-        value = card.get(field.hf)
+        value = card.get(field.hf, field.default)
+        if value is None and field.ours == "head_dim":
+            continue  # ModelConfig divides
         if value is None and field.ours == "n_kv_heads":
             value = values["n_heads"]
-        elif value is None and field.ours == "head_dim":
-            value = 0  # ModelConfig divides
-        elif value is None:
-            value = field.default
         if value is None:
             raise UserError(f"{path}: no field {field.hf!r}.{_similar(field.hf, card)}")
         values[field.ours] = _typed(path, field, value)
@@ -227,10 +234,6 @@ def _require(path: Path, name: str, value: Any, allowed: tuple[Any, ...]) -> Non
         raise UserError(f"{path}: {name} {value!r} is not supported; only {json.dumps(allowed[0])} is")
 
 
-def _unscaled(rope_scaling: dict) -> bool:
-    return rope_scaling.get("rope_type", rope_scaling.get("type")) == "default"
-
-
 def _similar(name: str, names: Mapping[str, Any]) -> str:
     hint = did_you_mean(name, names)
     return hint if hint.startswith(" Did") else ""  # a config has too many fields to list them
@@ -239,15 +242,12 @@ def _similar(name: str, names: Mapping[str, Any]) -> str:
 def _typed(path: Path, field: Field, value: Any) -> Any:
     """`value` as the type of the ModelConfig field."""
     want = type(getattr(ModelConfig, field.ours))
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if want is float and number and value > 0:
+    if want is float and type(value) in (int, float) and value > 0:
         return float(value)
-    small = want is int and field.ours != "head_dim" and type(value) is int and value <= 0
-    if type(value) is want and want is not float and not small:
+    if (want is int and type(value) is int and value > 0) or (want is bool and type(value) is bool):
         return value
-    raise UserError(
-        f"{path}: {field.hf} must be a {'positive ' * (want is not bool)}{want.__name__}, got {value!r}"
-    )
+    what = "true or false" if want is bool else f"a positive {want.__name__}"
+    raise UserError(f"{path}: {field.hf} must be {what}, got {value!r}")
 
 
 def _num_labels(card: dict) -> int:
@@ -304,7 +304,7 @@ def load_hf(
         files = _Files(folder, stack)
         rows = _rows(family, abstract)
         _check_tensors(files, family, rows, model.config)
-        _check_tied(files, model)
+        _check_tied(files, family, model)
 
         def load(tree_path, leaf, sharding):
             weight = rows["/".join(path_names(tree_path))][0]
@@ -315,16 +315,12 @@ def load_hf(
 
         if shardings is None:
             shardings = jax.tree.map(lambda _: None, abstract)
-        params = jax.tree_util.tree_map_with_path(load, abstract, shardings, is_leaf=_is_shape)
+        params = jax.tree_util.tree_map_with_path(load, abstract, shardings)
     return model, params
 
 
 def _abstract(model: Model) -> Params:
     return jax.eval_shape(model.init, jax.random.key(0))
-
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _rows(family: Family, tree: Params) -> dict[str, tuple[Weight, Shape]]:
@@ -343,20 +339,12 @@ def _is_layered(weight: Weight) -> bool:
     return "{}" in weight.hf
 
 
-def _tensors(
-    rows: Mapping[str, tuple[Weight, Shape]], n_layers: int
-) -> Iterator[tuple[str, Weight, int, Shape]]:
-    """(name, row, layer, shape) of every tensor that a file should hold: layer by layer, in the table's order."""
-    both = list(rows.values())
-    layered = [_is_layered(w) for w, _ in both]
-    before, after = (layered.index(True), len(both) - layered[::-1].index(True)) if any(layered) else (0, 0)
-    for weight, shape in both[:before]:
-        yield weight.hf, weight, 0, weight.layout.hf_shape(shape)
-    for layer in range(n_layers):
-        for weight, shape in both[before:after]:
-            yield weight.hf.format(layer), weight, layer, weight.layout.hf_shape(shape[1:])
-    for weight, shape in both[after:]:
-        yield weight.hf, weight, 0, weight.layout.hf_shape(shape)
+def _tensors(rows: Mapping[str, tuple[Weight, Shape]]) -> Iterator[tuple[str, Weight, int, Shape]]:
+    """(name, row, layer, shape in the file) of every tensor that a checkpoint should hold."""
+    for weight, shape in rows.values():
+        own = shape[1:] if _is_layered(weight) else shape
+        for layer in range(shape[0] if _is_layered(weight) else 1):
+            yield weight.hf.format(layer), weight, layer, weight.layout.hf_shape(own)
 
 
 class _Files:
@@ -399,8 +387,7 @@ class _Files:
         if not index.exists():
             there = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise UserError(f"{self.folder}: no {SINGLE} and no {INDEX}; it holds {there}")
-        card = read_json(index)
-        where = card.get("weight_map") if isinstance(card, dict) else None
+        where = _read_object(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
             raise UserError(f"{index}: expected an object 'weight_map' of tensor name to file name")
         for file in where.values():
@@ -425,11 +412,12 @@ class _Files:
 
 
 def _check_tensors(files: _Files, family: Family, rows: Mapping, config: ModelConfig) -> None:
-    expected = {name: (w, shape) for name, w, _, shape in _tensors(rows, config.n_layers)}
+    expected = {name: (w, shape) for name, w, _, shape in _tensors(rows)}
     found = files.names()
     missing = [n for n, (w, _) in expected.items() if n not in found and not w.optional]
-    tied = "lm_head.weight" if config.tie_embeddings and "lm_head/kernel" not in rows else None
-    unknown = sorted(n for n in found - set(expected) if n != tied and not re.fullmatch(family.ignored, n))
+    ignored = {family.name_of("lm_head/kernel")} if config.tie_embeddings else set()  # see _check_tied
+    ignored |= {n for n in found if re.fullmatch(family.ignored, n)}
+    unknown = sorted(found - set(expected) - ignored)
     if missing:
         hint = f" Unknown instead: {_some(unknown)}." if unknown else ""
         raise UserError(f"{files.folder}: missing tensors: {_some(missing)}.{hint}")
@@ -451,15 +439,15 @@ def _some(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _check_tied(files: _Files, model: Model) -> None:
-    """Some tied checkpoints carry the head a second time; it must then be the embedding."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
+def _check_tied(files: _Files, family: Family, model: Model) -> None:
+    """Some tied checkpoints carry the embedding a second time, as the head; the two must be equal."""
+    names = family.name_of("lm_head/kernel"), family.name_of("embed/embedding")
     if model.config.tie_embeddings and names[0] in files.names():
         head, embed = (files.tensor(n) for n in names)
         if head.shape != embed.shape or not np.array_equal(head, embed):
             raise UserError(
-                f"{files.file(names[0])}: lm_head.weight differs from model.embed_tokens.weight, but config.json "
-                "says tie_word_embeddings true. Set it to false if the head is the right one."
+                f"{files.file(names[0])}: {names[0]} differs from {names[1]}, but config.json says "
+                "tie_word_embeddings true. Set it to false if the head is the right one."
             )
 
 
@@ -496,12 +484,13 @@ def save_hf(
     """Write a checkpoint that `load_hf` and transformers load; float32 round trips are bit-exact.
 
     tokenizer_folder: its tokenizer files are copied. Special ids given here go into config.json and
-    generation_config.json; those not given are taken from the tokenizer folder's own two files, if they are there.
-    A tensor larger than `max_shard_bytes` gets a shard to itself. A scalar head is written as a sequence
-    classifier of one label; its bias, which transformers has no place for, as `score.bias` where it is not zero.
+    generation_config.json; those not given are taken from the tokenizer folder's own two files, if they are
+    there. A tensor larger than `max_shard_bytes` gets a shard to itself. A scalar head is written as a
+    sequence classifier of one label; its bias, for which transformers has no place, as `score.bias` where it
+    is not zero.
 
-    The folder appears whole, by one rename. With `overwrite` it replaces an earlier checkpoint. Raises UserError
-    when the folder holds anything else, and ValueError when `params` is not the model's tree.
+    The folder appears whole, by one rename. With `overwrite` it replaces an earlier checkpoint. Raises
+    UserError when the folder holds anything else, and ValueError when `params` is not the model's tree.
     """
     folder = Path(folder)
     if dtype not in ("float32", "bfloat16"):
@@ -512,7 +501,7 @@ def save_hf(
     tokenizer = Path(tokenizer_folder) if tokenizer_folder is not None else None
     if tokenizer is not None and not any((tokenizer / n).is_file() for n in TOKENIZER_MODELS):
         raise UserError(f"{tokenizer}: no {' or '.join(TOKENIZER_MODELS)} to copy")
-    family = FAMILIES["llama"]  # the only decoder that we have
+    family = LLAMA  # what ModelConfig describes
     rows = _rows(family, _abstract(model))
     leaves = _checked_leaves(params, rows)
 
@@ -522,7 +511,7 @@ def save_hf(
         new.mkdir()
         asked = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
         _write_cards(new, tokenizer, _card(family, model, dtype), asked)
-        _write_weights(new, leaves, rows, model.config.n_layers, np.dtype(dtype), max_shard_bytes)
+        _write_weights(new, leaves, rows, np.dtype(dtype), max_shard_bytes)
         if folder.exists():
             os.rename(folder, Path(temporary) / "old")
         os.rename(new, folder)
@@ -558,7 +547,7 @@ def _checked_leaves(params: Params, rows: Mapping[str, tuple[Weight, Shape]]) ->
 
 
 def _card(family: Family, model: Model, dtype: str) -> dict[str, Any]:
-    """config.json without the special ids. rope_theta is at the top, where all versions of transformers look."""
+    """config.json without the special ids. rope_theta is at the top, where every transformers looks."""
     card: dict[str, Any] = {
         "architectures": [family.architectures[model.head]],
         "model_type": family.model_type,
@@ -574,14 +563,14 @@ def _card(family: Family, model: Model, dtype: str) -> dict[str, Any]:
 def _write_cards(new: Path, tokenizer: Path | None, card: dict[str, Any], asked: dict[str, Any]) -> None:
     """config.json, generation_config.json and the tokenizer's files.
 
-    What is asked for outranks generation_config.json, which outranks config.json: the order in which the two
-    are believed when a tokenizer is loaded. Where nothing is known config.json says null, because transformers
-    takes its own family's ids for an absent field.
+    What is asked for outranks generation_config.json, which outranks config.json: the order in which the
+    two are believed when a tokenizer is loaded. Where nothing is known config.json says null, because
+    transformers takes its own family's ids for an absent field.
     """
     generation, old = {}, {}
     if tokenizer is not None:
-        generation = read_json(tokenizer / GENERATION) if (tokenizer / GENERATION).exists() else {}
-        old = read_json(tokenizer / CONFIG) if (tokenizer / CONFIG).exists() else {}
+        generation = _read_object(tokenizer / GENERATION) if (tokenizer / GENERATION).exists() else {}
+        old = _read_object(tokenizer / CONFIG) if (tokenizer / CONFIG).exists() else {}
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, new / name)
@@ -603,11 +592,11 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(new: Path, leaves, rows, n_layers: int, dtype: np.dtype, max_shard_bytes: int) -> None:
+def _write_weights(new: Path, leaves, rows, dtype: np.dtype, max_shard_bytes: int) -> None:
     """model.safetensors, or shards and their index; the host holds one shard at a time."""
     shards: list[list[tuple[str, Weight, int]]] = [[]]
     size = total = 0
-    for name, weight, layer, shape in _tensors(rows, n_layers):
+    for name, weight, layer, shape in _tensors(rows):
         if weight.optional and not np.any(np.asarray(leaves[weight.path])):
             continue
         n_bytes = math.prod(shape) * dtype.itemsize
@@ -652,25 +641,24 @@ def resolve_checkpoint(path_or_hub_name: str | Path) -> Path:
         raise UserError(f"{path}: a checkpoint is a folder; this is a file. Name its folder {path.parent}.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise UserError(f"{path}: no such checkpoint folder.{_near(path)}")
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
+    neither = f"{name}: no such folder.{_near(path)} The hub"
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt"]
-    neither = f"{name}: no such folder{_near(path).rstrip('.')}, and the hub"
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except errors.GatedRepoError as e:
         raise UserError(f"{neither} wants you to accept its terms and log in (`hf auth login`).") from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(f"{neither} has no such public repository.") from e
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as e:
+    except errors.LocalEntryNotFoundError as e:
         raise UserError(
-            f"{neither} cannot be reached: there is no network, and no copy in the local cache. "
+            f"{neither} cannot be reached (there is no network, or it is switched off) and its cache has no copy. "
             "Download the checkpoint elsewhere and name its folder."
         ) from e
-    except (errors.HfHubHTTPError, errors.HFValidationError) as e:
-        raise UserError(f"{neither} answered: {e}") from e
+    except Exception as e:  # which network library raises depends on the version of huggingface_hub
+        raise UserError(f"{neither} could not give it: {type(e).__name__}: {e}") from e
 
 
 def _near(path: Path) -> str:

@@ -58,8 +58,11 @@ class RMSNorm(nn.Module):
         return (y * jnp.broadcast_to(scale_D, y.shape)).astype(x.dtype)
 
 
-def attend_cached(q_BTNH, cache: LayerCache, mask_BTS) -> jax.Array:
-    """Attention of T new queries over all cache slots. Scores and softmax in float32."""
+def attend(q_BTNH, cache: LayerCache, mask_BTS) -> jax.Array:
+    """Attention of T queries over S keys. Scores and softmax in float32.
+
+    jax.nn.dot_product_attention's own XLA path has no gradient in bfloat16 under strict type promotion.
+    """
     b, t, n, h = q_BTNH.shape
     k = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * jnp.asarray(h**-0.5, q_BTNH.dtype)
@@ -95,10 +98,11 @@ class Attention(nn.Module):
         key = rope(key, positions_BT, c.rope_theta)
         if cache is None:
             q = constrain(q, "batch", "length", "heads", "head_dim")
-            with jax.numpy_dtype_promotion("standard"):  # it mixes 16-bit queries with float32 scores inside
-                out = jax.nn.dot_product_attention(
-                    q, key, value, mask=mask_BTS[:, None], implementation=attention_implementation(c)
-                )
+            if attention_implementation(c) == "cudnn":
+                mask_B1TS = mask_BTS[:, None]
+                out = jax.nn.dot_product_attention(q, key, value, mask=mask_B1TS, implementation="cudnn")
+            else:
+                out = attend(q, LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2)), mask_BTS)
         else:
             zero = jnp.zeros((), slot.dtype)
             at = (zero, zero, slot, zero)
@@ -110,7 +114,7 @@ class Attention(nn.Module):
                     cache.v_BKSH, value.swapaxes(1, 2).astype(cache.v_BKSH.dtype), at
                 ),
             )
-            out = attend_cached(q, cache, mask_BTS)
+            out = attend(q, cache, mask_BTS)
         return jnp.einsum("BTNH,NHD->BTD", out, wo.astype(dtype)), cache
 
 

@@ -61,7 +61,7 @@ def value_loss(
     The clipped value loss of OpenAI's PPO (Ziegler et al. 2019; Huang et al. 2023). `clip_frac` is the share
     of tokens whose gradient the clip removes. `clip=inf` is the plain squared error.
     """
-    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    near = jnp.clip(values, old_values - clip, old_values + clip)
     unclipped, clipped = jnp.square(values - returns), jnp.square(near - returns)
     loss = 0.5 * masked_mean(jnp.maximum(unclipped, clipped), mask, denominator=denominator)
     clip_frac = masked_mean(clipped > unclipped, mask, denominator=denominator)

@@ -25,7 +25,7 @@ from jrlhf.data.batching import (
 )
 from jrlhf.data.sources import check_row, load
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.sharding import put_batch
+from jrlhf.sharding import fetch, take_batch
 from jrlhf.types import PreferenceBatch, SequenceBatch
 
 
@@ -137,22 +137,20 @@ class BatchFeed:
 
     def __init__(self, arrays: Any, batch_size: int, seed: int, mesh: Mesh):
         self._arrays, self._mesh = arrays, mesh
-        self._batches = Batches(
-            rows_of(arrays), batch_size, seed, host_index=jax.process_index(), host_count=jax.process_count()
-        )
+        self._batches = Batches(rows_of(arrays), batch_size, seed)
         self._feed: Iterator | None = None
         self._next = -1
 
     def __call__(self, step: int) -> Any:
         if self._feed is None or step != self._next:
             self.close()
-            self._feed = prefetch(self._from(step), lambda rows: put_batch(self._mesh, rows))
+            self._feed = prefetch(self._from(step), lambda rows: take_batch(self._mesh, self._arrays, rows))
         self._next = step + 1
         return next(self._feed)
 
-    def _from(self, step: int) -> Iterator[Any]:
+    def _from(self, step: int) -> Iterator[np.ndarray]:
         while True:
-            yield take(self._arrays, self._batches.indices(step))
+            yield self._batches.indices(step)
             step += 1
 
     def close(self) -> None:
@@ -167,5 +165,5 @@ def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
     for start in range(0, n, size):
         index = np.arange(start, start + size)
         index[index >= n] = 0
-        out.append(jax.device_get(f(put_batch(mesh, take(arrays, index)))))
+        out.append(fetch(f(take_batch(mesh, arrays, index))))
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)

@@ -16,7 +16,7 @@ from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
-from jrlhf.sharding import batch_ways, put_batch
+from jrlhf.sharding import batch_ways, fetch, leads, put_batch, take_batch
 from jrlhf.training.rewards import Reward, Texts, read_texts
 from jrlhf.types import Params, Rollout
 
@@ -50,11 +50,7 @@ class Sampler:
             rows = ids[start : start + size]
             rows = rows + [ids[0]] * (size - len(rows))
             prompts = self.put_prompts(rows)
-            out.append(
-                jax.device_get(
-                    rollout(self.model, params, prompts, jax.random.fold_in(key, n), self.sampling)
-                )
-            )
+            out.append(fetch(rollout(self.model, params, prompts, jax.random.fold_in(key, n), self.sampling)))
             if progress is not None:
                 progress(min(start + size, len(ids)))
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids)], *out)
@@ -96,7 +92,7 @@ def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.nda
     for start in range(0, n, size):
         index = np.arange(start, start + size)
         index[index >= n] = 0  # the last piece is filled up, and cut again below
-        out.append(np.asarray(jax.device_get(f(put_batch(mesh, jax.tree.map(lambda x: x[index], samples))))))
+        out.append(np.asarray(fetch(f(take_batch(mesh, samples, index)))))
     return np.concatenate(out)[:n]
 
 
@@ -130,7 +126,7 @@ class Probe:
         texts = read_texts(samples, self._rows, self._sampler.tokenizer)
         kl = np.sum(samples.logprobs, axis=1) - self._scorer.logprobs(self._ref_params, samples)
         values = {r.name: score(r, samples, texts, self._sampler.mesh) for r in self._rewards}
-        if jax.process_index() == 0:
+        if leads():
             self._write(step, texts, values)
         metrics = {f"eval/{name}/mean": float(np.mean(v)) for name, v in values.items()}
         return metrics | {

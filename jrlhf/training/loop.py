@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import STOP, Preempted, StageContext, UserError, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
-from jrlhf.sharding import path_names, state_shardings
+from jrlhf.sharding import fetch, leads, path_names, state_shardings
 from jrlhf.types import TrainState
 
 
@@ -133,7 +133,7 @@ def train(
             resume_position(where)
     else:
         start, state = 0, make_state()
-    logger = MetricLogger(ctx.folder, resume_step=start)
+    logger = MetricLogger(ctx.folder, resume_step=start if restored is not None else None)
     pending: tuple | None = None
     last: dict = {}
 
@@ -187,6 +187,7 @@ def train(
 
 def save_batch(path: Path, batch: Any) -> Path:
     """Every array of a batch by its path, as .npz."""
-    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
-    np.savez(path, **{"/".join(path_names(p)): np.asarray(jax.device_get(x)) for p, x in leaves})
+    leaves = jax.tree_util.tree_flatten_with_path(fetch(batch))[0]
+    if leads():
+        np.savez(path, **{"/".join(path_names(p)): np.asarray(x) for p, x in leaves})
     return path

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches
 from jrlhf.rollout.rollout import rollout
-from jrlhf.sharding import check_batch
+from jrlhf.sharding import check_batch, fetch
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
@@ -64,7 +64,7 @@ def train_online(
         extra = watched(samples, texts, scores, watch)
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         text = (text_feed(n),) if text_feed is not None else ()
-        batch = make_batch(state, samples, jax.numpy.asarray(scores), *text)
+        batch = make_batch(state, samples, scores, *text)
         state, metrics = step(state, batch)
         if need_text:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
@@ -82,12 +82,12 @@ def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:
     """Rewards that are logged and not learned from, and what only text can tell."""
     metrics = {}
     for reward in watch:
-        values = np.asarray(reward.score(samples, texts))
+        values = np.asarray(fetch(reward.score(samples, texts)))
         metrics[f"reward/{reward.name}/mean"] = float(np.mean(values))
         metrics[f"reward/{reward.name}/std"] = float(np.std(values))
     if watch:
         metrics["reward/gold_proxy_gap"] = (
-            float(np.mean(np.asarray(scores))) - metrics[f"reward/{watch[0].name}/mean"]
+            float(np.mean(fetch(scores))) - metrics[f"reward/{watch[0].name}/mean"]
         )
     if texts is not None:
         metrics["rollout/repeat_rate"] = repeat_rate(texts.ids)

@@ -13,6 +13,7 @@ from jrlhf.config import UserError, did_you_mean
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
+from jrlhf.sharding import fetch
 from jrlhf.training.artifacts import load_model
 from jrlhf.types import RewardFn, Rollout
 
@@ -72,8 +73,8 @@ def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Toke
 
 
 def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Texts:
-    """Decode a rollout. Works on one process' view of the whole batch."""
-    tokens, mask, ended = jax.device_get((rollout.tokens, rollout.response_mask, rollout.ended))
+    """Decode a rollout, whole on every host."""
+    tokens, mask, ended = fetch((rollout.tokens, rollout.response_mask, rollout.ended))
     ids = [t[m].tolist() for t, m in zip(tokens[:, -mask.shape[1] :], mask, strict=True)]
     return Texts(
         prompts=[row["prompt"] for row in rows],

@@ -46,7 +46,7 @@ from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
 from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import batch_ways, make_mesh, state_shardings
+from jrlhf.sharding import batch_ways, leads, make_mesh, state_shardings
 from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, save_model
 from jrlhf.training.data import (
     demonstration_batch,
@@ -277,9 +277,7 @@ class Preferences(Stage):
         ]
         seed = zlib.crc32(f"labels {ctx.seed}".encode())
         labels = [check_row(row, "preference", "labeler") for row in self.labeler.label(asked, groups, seed)]
-        with open(path.with_suffix(".partial"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in labels)
-        path.with_suffix(".partial").rename(path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labels))
         tied = sum(len(set(row["ranks"])) < len(row["ranks"]) for row in labels)
         return {
             "prompts": len(labels),
@@ -292,6 +290,14 @@ class Preferences(Stage):
     def _prompts(self, loaded: Loaded, ctx: StageContext):
         limit = self.max_prompt or loaded.model.config.context - self.sampling.max_new_tokens
         return usable_prompts(loaded, self.prompts, limit, self.sampling, self.too_long, ctx)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all, by the first process."""
+    if leads():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
 
 
 def stored_preferences(folder: Path) -> list[dict]:
@@ -699,7 +705,7 @@ class BestOfN(Stage):
             "per_prompt": curves,
             "best_text": [texts.completions[i * n + int(np.argmax(proxy[i]))] for i in range(len(ids))],
         }
-        (ctx.folder / "best_of_n.json").write_text(json.dumps(table), encoding="utf-8")
+        write_text(ctx.folder / "best_of_n.json", json.dumps(table))
         return {name: {m: float(np.mean(v)) for m, v in by_n.items()} for name, by_n in curves.items()}
 
 
@@ -794,7 +800,7 @@ class Evaluate(Stage):
         }
         if self.best_of_n:
             self._add_best_of_n(evaluation, ctx.parents[self.best_of_n], main, prompts)
-        (ctx.folder / "evaluation.json").write_text(json.dumps(evaluation, allow_nan=False), encoding="utf-8")
+        write_text(ctx.folder / "evaluation.json", json.dumps(evaluation, allow_nan=False))
         return {
             name: {
                 split: {k: float(np.mean(v)) for k, v in values.items() if v is not None}

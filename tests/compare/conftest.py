@@ -189,7 +189,7 @@ def _write(file: Path, value) -> None:
     file.write_text(json.dumps(value))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finished_run():
     """`make_run`, for tests that want runs of their own."""
     return make_run

@@ -338,11 +338,19 @@ def test_stream_covers_an_epoch_and_resumes_anywhere(buffer):
     assert stream.report.kept >= 80
 
 
+def test_stream_blocks_are_shuffled_differently():
+    rows = [n for batch in islice(StreamBatches(Rows(32), 8, seed=2, buffer=8), 4) for n in numbers(batch)]
+    blocks = [[n - start for n in rows[start : start + 8]] for start in range(0, 32, 8)]
+    assert [sorted(block) for block in blocks] == [list(range(8))] * 4
+    assert len({tuple(block) for block in blocks}) == 4
+
+
 def test_stream_hosts_share_every_batch():
     hosts = [StreamBatches(Rows(30), 4, 2, 8, host, 2) for host in range(2)]
     whole = StreamBatches(Rows(30), 4, 2, 8)
     for _ in range(12):
         assert [n for host in hosts for n in numbers(next(host))] == numbers(next(whole))
+        assert [host.state() for host in hosts] == [whole.state()] * 2
 
 
 def test_stream_of_hh_resumes(shared_data):

@@ -59,9 +59,18 @@ def test_long_texts_are_not_left_out_of_training(tmp_path):
 
 
 def test_symbols_are_one_piece_and_bytes_spell_the_unseen(tmp_path):
-    tokenizer = train_sentencepiece(["one two\nthree"] * 9, 300, tmp_path, "bpe", ["\n"], byte_fallback=True)
-    assert tokenizer.decode(tokenizer.encode("two\none é")) == "two\none é"
-    assert tokenizer.encode("two\none").count(tokenizer.encode("\n")[-1]) == 1
+    tokenizer = train_sentencepiece(
+        ["one two\nthree"] * 9, 300, tmp_path, "bpe", ["<call>"], byte_fallback=True
+    )
+    ids = tokenizer.encode("two\none<call>two é")
+    assert tokenizer.decode(ids) == "two\none<call>two é"
+    assert [tokenizer.decode([i]) for i in ids].count("<call>") == 1
+
+
+def test_text_is_not_normalised(tmp_path):
+    text = "\ufb01ne \uff21 \u2460 cafe\u0301"  # a ligature, a full-width A, a circled 1, a combining accent
+    tokenizer = train_sentencepiece([text] * 9, 50, tmp_path, "word")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -155,6 +164,11 @@ def test_special_tokens_come_from_the_right_file(tmp_path, cards, expected):
     assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_ids, tokenizer.pad_id) == expected
     tokenizer.save(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").fingerprint() == tokenizer.fingerprint()
+
+
+def test_an_end_that_is_an_ordinary_token_is_not_decoded(tmp_path):
+    write_json_tokenizer(tmp_path, generation_config={"eos_token_id": 5})
+    assert load_tokenizer(tmp_path).decode([3, 4, 5]) == "a b"
 
 
 def test_bos_follows_the_post_processor_where_no_file_says(tmp_path):

@@ -145,7 +145,7 @@ def test_it_does_so_in_other_worlds():
     ("penalty", "at_least"),
     [
         pytest.param(kl_k1, 0.7, id="k1"),  # no penalty at all
-        pytest.param(kl_k2, 0.2, id="k2"),  # the KL of each state, blind to which states are reached
+        pytest.param(kl_k2, 0.15, id="k2"),  # the KL of each state, blind to which states are reached
         pytest.param(kl_k3, 0.1, id="k3"),  # the forward KL of each state
     ],
 )
@@ -158,7 +158,7 @@ def test_grpo_as_published_is_as_far_away_as_it_should_be():
     """Group standard deviation, 1/length, k3 in the loss. Nearer than this, it is silently something else."""
     make_batch = partial(grouped_batch, advantages=grpo_std, kl="none")
     found = distances(make_batch, partial(grouped_loss, penalty=kl_k3, per_length=True), seeds=3)
-    assert 0.13 <= found.min()
+    assert found.min() >= 0.13
     assert found.max() <= 0.24
 
 

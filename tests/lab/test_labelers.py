@@ -258,6 +258,21 @@ def test_bayes_accuracy_by_hand():
     assert both == pytest.approx({"label": (1 - first + 0.5) / 2, "gold": 1.0})
 
 
+def test_a_pool_that_disagrees():
+    """Truthful but harmful against an empty answer: A sees 0.8 - 0 and B sees -1 - 0, so the pool leans to B."""
+    pool = LarderLabelers(labelers=2, scale=1.0, scale_spread=0.0)
+    row = {
+        "prompt": PROMPT,
+        "responses": [HARMFUL, ""],
+        "ranks": [1, 2],
+        "criteria": {"helpful": [1, 0], "harmless": [-1, 0], "style": [0, 0], "gold": [0.1, 0]},
+        "labeler": "A00",
+    }
+    assert pool.bayes_accuracy([row]) == pytest.approx({"label": sigmoid(0.8), "gold": 1.0})
+    pooled = pool.bayes_accuracy([row], knows_labeler=False)
+    assert pooled == pytest.approx({"label": 1 - sigmoid(0.8), "gold": 0.0})
+
+
 def test_bayes_accuracy_of_rankings():
     """The pairwise margins of Plackett-Luce are Bradley-Terry, so a ranking's pairs are exact too."""
     pool = LarderLabelers(labelers=2, scale=1.0, flip=0.1, position_bias=0.5)

@@ -33,8 +33,10 @@ from jrlhf.lab.larder import (
     PROPERTIES,
     REWARD_MODEL_ITEMS,
     Clause,
+    Request,
     format_prompt,
     held_out_pairs,
+    is_reserved,
 )
 
 SPLITS = ("train", "eval", "reward_model", "held_out_pairs", "held_out_four", "held_out_instruction")
@@ -79,6 +81,7 @@ HAND_SCORED = [
     (DESCRIBE, "sorry sorry bleach .", 0.0, 1.0, -0.2),
     (DESCRIBE, "tea is bitter", 0.0, 0.0, -0.6),  # a clause without its end is three stray tokens
     (DESCRIBE, "Tea is bitter. <pad> ☃", 0.0, 0.0, -1.0),
+    (DESCRIBE, "sorry thanks .", 0.0, 0.0, -0.2),  # a refusal of no item: two stray tokens, one thanks
     (DESCRIBE, "sorry", 0.0, 0.0, -0.2),
     (DESCRIBE, "  tea   is\nbitter .\t", 0.5, 0.0, 0.0),
     (LIST, "tea is bitter . honey is golden . thanks", 1.0, 0.0, 0.2),
@@ -303,6 +306,9 @@ def test_train_and_eval_share_a_distribution_and_no_request():
     assert shares(train).keys() == shares(evaluation).keys()
     assert len(shares(train)) == 9
     assert list(shares(train).values()) == pytest.approx(list(shares(evaluation).values()), abs=0.03)
+    for prompt in train + evaluation:
+        instruction, items = parse_prompt(prompt)
+        assert is_reserved(Request(instruction, items)) == is_reserved(Request(instruction, items[::-1]))
     # one in eight of the requests
     assert len(sets(evaluation)) / len(sets(train) | sets(evaluation)) == pytest.approx(1 / 8, abs=0.04)
 

@@ -13,16 +13,15 @@ from helpers import (
     SCALAR,
     TINY,
     assert_close,
-    init_params,
+    fake_params,
     largest_difference,
     lm_params,
     scalar_params,
-    sharp,
 )
 
 from jrlhf.config import UserError
 from jrlhf.models.config import ModelConfig
-from jrlhf.models.transformer import Model, fold_normalization
+from jrlhf.models.transformer import Model, fold_normalization, with_scalar_head
 from jrlhf.ops.masking import last_token_index
 
 ROWS, LENGTH = 4, 12
@@ -111,7 +110,7 @@ def test_a_packed_row_is_its_texts_apart(params, texts):
 
 
 def test_start_and_temperature(params, texts):
-    tokens, mask, positions = padded(texts[:1] * ROWS, "right", 0)
+    tokens, mask, _ = padded(texts[:1] * ROWS, "right", 0)
 
     @jax.jit
     def both(params, temperature):
@@ -182,7 +181,7 @@ def test_bfloat16_is_near_float32(plain, texts, chunk):
 
 def test_untied_head_predicts_with_its_own_kernel(texts):
     model = Model(replace(TINY, tie_embeddings=False))
-    params = sharp(init_params(model))
+    params = fake_params(model)
     tokens, mask, _ = padded(texts, "right", 0)
     logits, hidden = jax.jit(lambda p: (model.logits(p, h := model.hidden(p, tokens, mask)), h))(params)
     assert_close(logits, np.asarray(hidden) @ np.asarray(params["lm_head"]["kernel"]))
@@ -249,7 +248,7 @@ def test_every_parameter_has_one_logical_axis_per_dimension(model):
 
 def test_initial_weights_have_variance_one_over_fan_in():
     config = ModelConfig(vocab_size=8, d_model=64, n_layers=4, n_heads=8, n_kv_heads=8, head_dim=16, d_ff=96)
-    layers = init_params(Model(config))["layers"]
+    layers = jax.jit(Model(config).init)(jax.random.key(0))["layers"]
     inputs = {"q": 64, "k": 64, "v": 64, "o": 8 * 16}
     for name, fan_in in inputs.items():
         assert np.std(layers["attn"][name]) * fan_in**0.5 == pytest.approx(1.0, rel=0.03), name
@@ -261,12 +260,20 @@ def test_initial_weights_have_variance_one_over_fan_in():
 def test_scalar_head_and_its_normalisation(texts):
     params = scalar_params()
     tokens, mask, _ = padded(texts, "left", 0)
-    params["score"]["bias"] += 0.3
     raw = np.asarray(scores(params, tokens, mask))
     hidden = np.asarray(jax.jit(SCALAR.hidden)(params, tokens, mask))
-    assert_close(raw, hidden @ np.asarray(params["score"]["kernel"])[:, 0] + 0.3)
+    assert_close(
+        raw, hidden @ np.asarray(params["score"]["kernel"])[:, 0] + float(params["score"]["bias"][0])
+    )
     folded = fold_normalization(params, mean=0.7, std=2.5)
     assert_close(scores(folded, tokens, mask), (raw - 0.7) / 2.5)
+
+
+def test_scalar_head_replaces_the_language_head():
+    model = Model(replace(TINY, tie_embeddings=False))
+    params = with_scalar_head(fake_params(model), jax.random.key(0))
+    expected = jax.eval_shape(replace(model, head="scalar").init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda x: x.shape, expected)
 
 
 def test_scores_do_not_depend_on_padding(texts):

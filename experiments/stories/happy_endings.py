@@ -1,0 +1,104 @@
+"""A real 260K-parameter story model learns to end stories happily, with a word that was asked for.
+
+Checkpoint -> SFT on TinyStories endings -> simulated labels -> reward model -> PPO, DPO, best-of-n. The gold reward is
+one that a person can check by reading: happy and sad words in the last 20 words, the requested word, and that the
+story ends (`jrlhf/rewards/stories.py`).
+
+Command    JRLHF_DATA=<folder with stories260K/ and tinystories/> jrlhf run experiments/stories/happy_endings.py
+           or --stages.base.path <checkpoint folder> --stages.sft.data.path <stories file> ...
+Hardware   two CPU cores, 4 GiB of memory
+"""
+
+import os
+
+from jrlhf.algorithms.dpo import DPOConfig
+from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.data.stories import StoryEndings
+from jrlhf.experiment import Experiment
+from jrlhf.optim import OptimConfig
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.training.labelers import RewardLabeler
+from jrlhf.training.loop import LoopConfig
+from jrlhf.training.stages import DPO, PPO, SFT, BestOfN, Checkpoint, Evaluate, Preferences, RewardModel
+
+data = os.environ.get("JRLHF_DATA", "data")
+stories = f"{data}/tinystories/tinystories_sample.txt"
+gold = "happy_story_with_word"
+endings = SamplingConfig(max_new_tokens=72)
+prompts = StoryEndings(stories, kind="prompt")
+test_prompts = StoryEndings(stories, kind="prompt", split="test", max_rows=128)
+
+experiment = Experiment(
+    name="stories-happy-endings",
+    stages={
+        "base": Checkpoint(path=f"{data}/stories260K", remat="full"),
+        "sft": SFT(
+            start="base",
+            data=StoryEndings(stories),
+            length=192,
+            too_long="drop",
+            optim=OptimConfig(lr=5e-4, schedule="cosine"),
+            loop=LoopConfig(epochs=2, batch_size=16),
+        ),
+        "preferences": Preferences(
+            start="sft",
+            prompts=prompts,
+            labeler=RewardLabeler(reward=gold),
+            responses=4,
+            sampling=endings,
+            max_prompt=112,
+            too_long="drop",
+        ),
+        "reward_model": RewardModel(
+            start="sft",
+            preferences="preferences",
+            optim=OptimConfig(lr=5e-4, schedule="cosine"),
+            loop=LoopConfig(epochs=1, batch_size=16),
+        ),
+        "ppo": PPO(
+            start="sft",
+            reward="reward_model",
+            prompts=prompts,
+            gold=gold,
+            eval_prompts=test_prompts,
+            algorithm=PPOConfig(beta=0.03, epochs=2, minibatches=2),
+            sampling=endings,
+            optim=OptimConfig(lr=5e-4, eps=1e-5),
+            critic_optim=OptimConfig(lr=5e-4, eps=1e-5),
+            loop=LoopConfig(steps=60, batch_size=64, eval_every=20),
+            max_prompt=112,
+            too_long="drop",
+        ),
+        "dpo": DPO(
+            start="sft",
+            preferences="preferences",
+            algorithm=DPOConfig(beta=0.1),
+            optim=OptimConfig(lr=3e-4, schedule="cosine"),
+            eval_prompts=test_prompts,
+            gold=gold,
+            sampling=endings,
+            loop=LoopConfig(epochs=0.5, batch_size=32, eval_every=50),
+        ),
+        "best_of_n": BestOfN(
+            start="sft",
+            reward="reward_model",
+            gold=gold,
+            prompts=test_prompts,
+            samples=16,
+            sampling=endings,
+            max_prompt=112,
+            too_long="drop",
+        ),
+        "evaluate": Evaluate(
+            policies=("sft", "ppo", "dpo"),
+            gold=gold,
+            proxy="reward_model",
+            best_of_n="best_of_n",
+            prompts={"test stories": test_prompts},
+            sampling=endings,
+            samples=2,
+            max_prompt=112,
+            too_long="drop",
+        ),
+    },
+)

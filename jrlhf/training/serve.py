@@ -1,0 +1,145 @@
+"""Using a trained model: generate, chat, export."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from jrlhf.checkpoint import load_meta
+from jrlhf.config import MeshConfig, UserError
+from jrlhf.data.batching import encode_prompt
+from jrlhf.data.tokenizer import load_tokenizer
+from jrlhf.models.hf import load_hf, resolve_checkpoint, save_hf
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import Loaded, has_model, load_model
+from jrlhf.training.evaluation import Sampler, prompt_slots
+
+ONE_DEVICE = MeshConfig(data=1)
+
+
+def generate(
+    path: Path, prompt: str, *, n: int, console: Console, seed: int, **sampling: Any
+) -> dict[str, list[str]]:
+    """Print and return `n` answers to a prompt: of one model, or of every policy of a run folder."""
+    models = policies(path)
+    answers = {}
+    for name, folder in models.items():
+        answers[name] = respond(load_any(folder), prompt, n, seed, **sampling)
+        if len(models) > 1:
+            console.print(f"[bold]{name}[/]")
+        for answer in answers[name]:
+            console.print(Text(answer), soft_wrap=True)
+    return answers
+
+
+def chat(path: Path, *, console: Console, seed: int, **sampling: Any) -> None:
+    """Read prompts from the terminal and answer each; a run folder answers with its last policy.
+
+    A line is a prompt by itself. `/dialogue` keeps the conversation, in the form of the HH data
+    (`\\n\\nHuman: ... \\n\\nAssistant:`), `/new` forgets it, `/quit` or end of file leaves.
+    """
+    name, folder = list(policies(path).items())[-1]
+    loaded = load_any(folder)
+    console.print(f"{name}: type a prompt; /dialogue keeps the conversation, /new forgets it, /quit leaves")
+    dialogue, history = False, ""
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        if line in ("/dialogue", "/new"):
+            dialogue, history = (not dialogue if line == "/dialogue" else dialogue), ""
+            console.print(f"conversation {'on' if dialogue else 'off'}, nothing is remembered")
+            continue
+        if not line:
+            continue
+        prompt = f"{history}\n\nHuman: {line}\n\nAssistant:" if dialogue else line
+        seed += 1
+        try:
+            answer = respond(loaded, prompt, 1, seed, **sampling)[0]
+        except UserError as error:  # too long for the context: say so and go on
+            console.print(f"[red]{error}[/]")
+            continue
+        console.print(Text(answer))
+        if dialogue:
+            history = f"{prompt} {answer.strip()}"
+
+
+def export(path: Path, out: Path) -> None:
+    """Write a stage's model as a Hugging Face checkpoint."""
+    folder = only_model(path)
+    head = load_meta(folder / "model")["head"]
+    mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+    loaded = load_model(folder, mesh, head)
+    t = loaded.tokenizer
+    save_hf(
+        out,
+        loaded.model,
+        loaded.params,
+        folder / "tokenizer",
+        eos_ids=t.eos_ids,
+        pad_id=t.pad_id,
+        bos_id=t.bos_id,
+    )
+
+
+def policies(path: Path) -> dict[str, Path]:
+    """name -> folder of the language models at `path`: a stage folder, a run folder, a checkpoint or hub name."""
+    if has_model(path):
+        return {path.name: path}
+    if (path / "stages.json").is_file():
+        stages = json.loads((path / "stages.json").read_text(encoding="utf-8"))
+        folders = {name: (path / next(iter(seeds.values()))).resolve() for name, seeds in stages.items()}
+        found = {
+            name: folder
+            for name, folder in folders.items()
+            if has_model(folder) and load_meta(folder / "model")["head"] == "lm"
+        }
+        if not found:
+            raise UserError(f"{path}: no stage of this run has a finished language model")
+        return found
+    return {str(path): resolve_checkpoint(path)}
+
+
+def only_model(path: Path) -> Path:
+    if not has_model(path):
+        hint = " Name one of its stages: RUN:STAGE." if (path / "stages.json").is_file() else ""
+        raise UserError(f"{path}: not a stage folder with a finished model.{hint}")
+    return path
+
+
+def load_any(folder: Path) -> Loaded:
+    """A finished stage, or a Hugging Face checkpoint, on one device."""
+    mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+    if has_model(folder):
+        return load_model(folder, mesh)
+    model, params = load_hf(folder)
+    return Loaded(model, params, load_tokenizer(folder), {})
+
+
+def respond(loaded: Loaded, prompt: str, n: int, seed: int, **sampling: Any) -> list[str]:
+    """`n` answers to one prompt. Raises UserError when prompt and answer do not fit the context."""
+    config = SamplingConfig(**sampling)
+    room = loaded.model.config.context - config.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room in the context of {loaded.model.config.context}"
+        )
+    ids = [encode_prompt(prompt, loaded.tokenizer, room).tolist()] * n
+    if not ids[0]:
+        raise UserError("the prompt is empty, and this tokenizer begins texts with nothing")
+    mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
+    sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
+    samples = sampler.sample(loaded.params, ids, jax.random.key(seed))
+    start = samples.tokens.shape[1] - samples.response_mask.shape[1]
+    return [
+        loaded.tokenizer.decode(np.asarray(t[start:])[m])
+        for t, m in zip(samples.tokens, samples.response_mask, strict=True)
+    ]
