@@ -212,8 +212,28 @@ def _run(options: argparse.Namespace) -> int:
         _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force))
         return 0
     with _stop_on_sigterm():
-        ex.run(experiment, options.runs_dir, force=force)
+        folder = ex.run(experiment, options.runs_dir, force=force)
+    _report(folder)
     return 0
+
+
+def _report(run: Path) -> None:
+    """What a run with an evaluation ends with: answers to read, the table, and the page with the plots."""
+    import jax
+
+    from jrlhf.experiment import stage_folders
+
+    folders = [f for seeds in stage_folders(run).values() for f in seeds.values()]
+    evaluated = [f for f in folders if (f / "evaluation.json").is_file()]
+    if not evaluated or jax.process_index() != 0:
+        return
+    from jrlhf.compare.report import write_report
+    from jrlhf.compare.samples import print_samples
+
+    console = _wide_console()
+    print_samples(console, evaluated[0] / "evaluation.json")
+    page = write_report([run], run / "report", console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _import_rooms() -> None:

@@ -34,6 +34,12 @@ from jrlhf.training.stages import (
 )
 
 answers = SamplingConfig(max_new_tokens=28)
+evaluation_prompts = {
+    "eval": LarderPrompts(size=256, split="eval", seed=1),
+    "held_out_four": LarderPrompts(size=128, split="held_out_four", seed=1),
+    "held_out_pairs": LarderPrompts(size=128, split="held_out_pairs", seed=1),
+    "held_out_instruction": LarderPrompts(size=128, split="held_out_instruction", seed=1),
+}
 
 experiment = Experiment(
     name="larder-ppo-vs-dpo",
@@ -91,7 +97,7 @@ experiment = Experiment(
             start="sft",
             reward="reward_model",
             gold="larder_gold",
-            prompts=LarderPrompts(size=256, split="eval", seed=1),
+            prompts=evaluation_prompts["eval"],
             samples=32,
             sampling=answers,
         ),
@@ -100,12 +106,7 @@ experiment = Experiment(
             gold="larder_gold",
             proxy="reward_model",
             best_of_n="best_of_n",
-            prompts={
-                "eval": LarderPrompts(size=256, split="eval", seed=1),
-                "held_out_four": LarderPrompts(size=128, split="held_out_four", seed=1),
-                "held_out_pairs": LarderPrompts(size=128, split="held_out_pairs", seed=1),
-                "held_out_instruction": LarderPrompts(size=128, split="held_out_instruction", seed=1),
-            },
+            prompts=evaluation_prompts,
             sampling=answers,
         ),
     },

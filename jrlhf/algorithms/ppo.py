@@ -20,6 +20,7 @@ from jrlhf.ops.losses import ppo_policy_loss, value_loss
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_var, masked_whiten
 from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
 from jrlhf.optim import Optimizer
+from jrlhf.sharding import constrain_rows
 from jrlhf.types import Algorithm, Rollout, SequenceBatch, TrainState
 
 
@@ -244,25 +245,23 @@ def make_ppo(
         order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
         order = order.reshape(config.epochs * config.minibatches, -1)
 
-        # The first minibatch runs outside the scan: it gives the metrics their structure, and its ratio is 1.
-        pick = lambda index: jax.tree.map(lambda x: x[index], rows)  # noqa: E731
-        carry, sums, maxima = update((state.params, state.opt_state), pick(order[0]))
-
         def step(carry, index):
-            learned, sums, maxima, done, stopped = carry
-
-            def run(_):
-                new, more, peak = update(learned, pick(index))
-                total = jax.tree.map(jnp.add, sums, more)
+            def run(carry):
+                learned, sums, maxima, done, _ = carry
+                learned, more, peak = update(learned, constrain_rows(jax.tree.map(lambda x: x[index], rows)))
+                sums, maxima = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, peak)
                 stop = (more["policy/approx_kl"] > config.stop_kl) if config.stop_kl else jnp.bool_(False)
-                return new, total, jax.tree.map(jnp.maximum, maxima, peak), done + 1.0, stop
+                return learned, sums, maxima, done + 1.0, stop
 
             if not config.stop_kl:
-                return run(None), None
-            return jax.lax.cond(stopped, lambda _: carry, run, None), None
+                return run(carry), None
+            return jax.lax.cond(carry[-1], lambda carry: carry, run, carry), None
 
-        first = (carry, sums, maxima, jnp.float32(1.0), jnp.bool_(False))
-        ((params, opt_state), sums, maxima, done, _), _ = jax.lax.scan(step, first, order[1:])
+        learned = (state.params, state.opt_state)
+        _, sums, maxima = jax.eval_shape(update, learned, jax.tree.map(lambda x: x[order[0]], rows))
+        filled = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)  # noqa: E731
+        start = (learned, filled(sums, 0.0), filled(maxima, -jnp.inf), jnp.float32(0.0), jnp.bool_(False))
+        ((params, opt_state), sums, maxima, done, _), _ = jax.lax.scan(step, start, order)
         metrics = jax.tree.map(lambda x: x / done, sums) | maxima | batch.metrics
         metrics["policy/updates"] = done
         metrics["policy/lr"] = policy_optimizer.learning_rate(state.step * config.epochs * config.minibatches)

@@ -145,12 +145,14 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
             labels.append(
                 (kl[-1], gold[-1], f"best of n, to {curve.n[-1]} {evaluation.label}".strip(), MUTED)
             )
-    logged = f"reward/{summary.reward_name}/mean", "kl/ref_k1"
-    paths = [entry for entry in _trained(summary, looks) if set(logged) <= set(_names(entry[2]))]
-    for _, look, seeds in paths:
-        (_, gold), (_, kl) = (_mean_curve(seeds, name, bins=12) for name in logged)
-        ax.plot(kl, gold, color=look.color, lw=1.1, alpha=0.55, zorder=2)
-        boxes += _along(kl, gold)
+    paths = 0
+    for _, look, seeds in _trained(summary, looks):
+        pair = _path_metrics(summary.reward_name, seeds)
+        if pair:
+            (_, gold), (_, kl) = (_mean_curve(seeds, name, bins=12) for name in pair)
+            ax.plot(kl, gold, color=look.color, lw=1.1, alpha=0.55, zorder=2)
+            boxes += _along(kl, gold)
+            paths += 1
     for row in rows:
         _cross(ax, row.kl, row.gold, looks[row.label])
         labels.append((row.kl.value, row.gold.value, row.label, looks[row.label].color))
@@ -178,8 +180,22 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
         f"{number(best.kl.value)} nats.{_against_best_of_n(summary, rows)}"
     )
     guide = "Up is better, left is closer to the baseline. Bars are 95% intervals, dots the baseline's gold"
-    guide += ", faint lines the way there while training (on training prompts)." if paths else "."
+    guide += ", faint lines the way there while training, on the prompts used then." if paths else "."
     return _figure("frontier", title, finding, guide, [("frontier", canvas, title)])
+
+
+def _path_metrics(reward_name: str, seeds: list[Stage]) -> tuple[str, str] | None:
+    """The logged (gold, KL) of a policy on its way: of its rollouts, else of its evaluations while training."""
+    pairs = ((_gold_metric(reward_name, seeds), "kl/ref_k1"), (f"eval/{reward_name}/mean", "eval/kl/mean"))
+    for pair in pairs:
+        if all(name in stage.curves and len(stage.curves[name][0]) > 2 for name in pair for stage in seeds):
+            return pair
+    return None
+
+
+def _gold_metric(reward_name: str, seeds: list[Stage]) -> str:
+    """The name under which rollouts logged the gold reward; it is the score where gold itself was trained on."""
+    return TRAINED if seeds[0].config.get("reward") == reward_name else f"reward/{reward_name}/mean"
 
 
 def _against_best_of_n(summary: Summary, rows: list[Row]) -> str:
@@ -208,15 +224,11 @@ def _against_best_of_n(summary: Summary, rows: list[Row]) -> str:
 def reward_and_kl(summary: Summary, looks: dict[str, Look]) -> Figure:
     """For each policy trained on its own samples: gold and proxy against the update, KL below them."""
     title = "Reward and KL while training"
-    gold = f"reward/{summary.reward_name}/mean"
     panels, findings = [], []
     for label, look, seeds in _trained(summary, looks):
         logged = _names(seeds)
-        proxies = [
-            n for n in logged if n.startswith("reward/") and n.endswith("/mean") and n not in (gold, *SUMS)
-        ]
-        if gold not in logged and not proxies:
-            proxies = [name for name in SUMS if name in logged][:1]
+        gold = _gold_metric(summary.reward_name, seeds)
+        proxies = [TRAINED] if TRAINED in logged and gold != TRAINED else []
         if gold not in logged and not proxies:
             continue
         rewards = _on_axes(seeds, [gold] if gold in logged else [], proxies)
@@ -228,7 +240,9 @@ def reward_and_kl(summary: Summary, looks: dict[str, Look]) -> Figure:
             ends = []
             for name in names:
                 x, y = _draw_curves(ax, seeds, name, MUTED if name in kl else look.color, name in proxies)
-                ends.append((x[-1], y[-1], "" if name in kl else _reward_label(name, gold), look.color))
+                ends.append(
+                    (x[-1], y[-1], "" if name in kl else _reward_label(name, gold, seeds), look.color)
+                )
             _y_title(
                 ax,
                 "KL from the reference (nats per answer)" if names == kl else f"{label}: reward, batch mean",
@@ -264,13 +278,12 @@ def _course(seeds: list[Stage], gold: str, proxies: list[str]) -> str:
         parts.append("the gold reward was not logged")
     for name in proxies:
         _, y = _mean_curve(seeds, name)
-        parts.append(f"{_reward_label(name, gold)} goes from {number(y[0])} to {number(y[-1])}")
+        parts.append(f"{_reward_label(name, gold, seeds)} goes from {number(y[0])} to {number(y[-1])}")
     return "; ".join(parts) + "."
 
 
-def _reward_label(name: str, gold: str) -> str:
-    part = name.split("/")[1]
-    return f"gold: {part}" if name == gold else "training reward" if name in SUMS else f"proxy: {part}"
+def _reward_label(name: str, gold: str, seeds: list[Stage]) -> str:
+    return "gold" if name == gold else f"trained on: {seeds[0].config.get('reward', 'score')}"
 
 
 def _on_axes(seeds: list[Stage], gold: list[str], proxies: list[str]) -> list[list[str]]:
@@ -293,7 +306,7 @@ def _comparable(spans: Sequence[tuple[float, float]]) -> bool:
 
 # --- 3. learning curves ---------------------------------------------------------------------------------
 
-SUMS = ("reward/score/mean", "reward/total/mean")  # of all rewards; and with the KL penalty
+TRAINED = "reward/score/mean"  # the reward that is learned from, without the KL penalty
 CURVES = (
     ("kl/ref_k1", "KL from the reference (nats per answer)"),
     ("policy/entropy", "entropy (nats per token)"),
@@ -302,6 +315,7 @@ CURVES = (
     ("pref/acc", "implicit reward accuracy"),
     ("pref/margin", "implicit reward margin"),
     ("rm/acc", "reward model accuracy"),
+    ("train/loss", "training loss (nats per token)"),
 )
 
 
@@ -310,16 +324,23 @@ def learning_curves(summary: Summary, looks: dict[str, Look]) -> Figure:
     title = "Learning curves"
     stages = [(label, look, seeds) for label, look, seeds in _trained(summary, looks)]
     stages += _untested(summary)
-    wanted = ((f"reward/{summary.reward_name}/mean", f"gold reward ({summary.reward_name})"), *CURVES)
+    wanted = (
+        ("gold", f"gold reward ({summary.reward_name})"),
+        (f"eval/{summary.reward_name}/mean", "gold reward on evaluation prompts"),
+        *CURVES,
+    )
     panels = []
     for name, words in wanted:
-        logged = [entry for entry in stages if name in _names(entry[2])]
+        metrics = [
+            _gold_metric(summary.reward_name, seeds) if name == "gold" else name for *_, seeds in stages
+        ]
+        logged = [(*entry, m) for entry, m in zip(stages, metrics, strict=True) if m in _names(entry[2])]
         if not logged:
             continue
         canvas, ax = _canvas(2.2, width=3.5)
         ends = []
-        for label, look, seeds in logged:
-            x, y = _draw_curves(ax, seeds, name, look.color)
+        for label, look, seeds, metric in logged:
+            x, y = _draw_curves(ax, seeds, metric, look.color)
             ends.append((x[-1], y[-1], label, look.color))
         ax.set_xlabel("update")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -554,19 +575,16 @@ def _names(seeds: Iterable[Stage]) -> list[str]:
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Means of at most `bins` runs of neighbouring points."""
-    keep = np.isfinite(y)
-    parts = np.array_split(np.flatnonzero(keep), min(bins, max(1, int(keep.sum()))))
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+    parts = np.array_split(np.arange(len(x)), min(bins, len(x)))
+    return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
 
 
 def _mean_curve(seeds: list[Stage], name: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over seeds, on the steps that all of them logged."""
+    """The mean over seeds, then over bins of steps."""
     curves = [stage.curves[name] for stage in seeds if name in stage.curves]
-    steps = curves[0][0]
-    for x, _ in curves[1:]:
-        steps = np.intersect1d(steps, x)
-    mean = np.mean([y[np.isin(x, steps)] for x, y in curves], axis=0)
-    return _binned(steps, mean, bins)
+    steps, where = np.unique(np.concatenate([x for x, _ in curves]), return_inverse=True)
+    values = np.concatenate([y for _, y in curves])
+    return _binned(steps, np.bincount(where, values) / np.bincount(where), bins)
 
 
 def _draw_curves(

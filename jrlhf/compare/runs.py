@@ -1,6 +1,6 @@
 """Reads finished runs: which stages and seeds there are, their curves, and what `evaluate` wrote."""
 
-import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ import numpy as np
 
 from jrlhf.compare.statistics import Scores
 from jrlhf.config import UserError, did_you_mean, read_json
+from jrlhf.metrics import read_metrics
 
 MEASURES = ("gold", "proxy", "kl", "length", "ended")
 REQUIRED = ("gold", "length", "ended")
@@ -254,25 +255,19 @@ def _read_stage(name: str, seed: str, folder: Path) -> Stage:
         config=read_json(folder / "config.json")["stage"],
         environment=read_json(environment) if environment.is_file() else {},
         seconds=read_json(folder / "done.json").get("seconds"),
-        curves=_read_curves(folder / "metrics.jsonl"),
+        curves=_read_curves(folder),
     )
 
 
-def _read_curves(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Metric name -> (steps, values). A resumed run logs some steps twice: the last line counts."""
-    if not file.is_file():
-        return {}
+def _read_curves(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric name -> (steps, values), finite values only. Of a step that was logged twice the last counts."""
     values: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{file}, line {number}: not a JSON object with a step ({error})") from error
+    for row in read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []:
+        step = row.pop("step")
         for name, value in row.items():
-            if isinstance(value, int | float):
+            if math.isfinite(value):
                 values.setdefault(name, {})[step] = value
     return {
-        name: (np.array(sorted(at)), np.array([at[s] for s in sorted(at)], float))
+        name: (np.array(sorted(at)), np.array([at[step] for step in sorted(at)], float))
         for name, at in values.items()
     }

@@ -185,7 +185,7 @@ def _read_card(folder: Path) -> tuple[Path, dict, Family]:
     kind, names = card.get("model_type"), card.get("architectures") or []
     known = sorted(a for f in FAMILIES.values() for a in f.architectures.values())
     if kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported.{did_you_mean(kind, FAMILIES)}")
+        raise UserError(f"{path}: model_type {kind!r} is not supported.{did_you_mean(str(kind), FAMILIES)}")
     unknown = [a for a in names if a not in FAMILIES[kind].architectures.values()]
     if unknown or len(names) > 1:
         raise UserError(f"{path}: architectures {names} is not supported. Known: one of {', '.join(known)}.")

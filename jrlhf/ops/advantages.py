@@ -36,8 +36,10 @@ def group_advantages(rewards: jax.Array, group_size: int, std: bool = True) -> j
     """Rewards relative to their group (GRPO, Shao et al. 2024, §4.1.2), [N] -> [N] float32.
 
     A group is `group_size` consecutive answers to one prompt. `std=True` divides by the group's sample
-    standard deviation plus 1e-4, as published: this weights prompts by how little their rewards spread, so
-    the fixed point is no longer that of the KL-regularised objective. `std=False` (Liu et al. 2025) only
+    standard deviation plus 1e-4, as published: prompts whose rewards spread little weigh more. A KL penalty
+    that is added after the division, or in the loss, is not divided with the reward, so that its strength
+    drifts as the answers become alike and the policy may collapse (docs/exact-space.md); put -beta·k1 into
+    `rewards`, before the division. `std=False` (Liu et al. 2025) only
     subtracts the mean. A group of equal rewards gets zeros; a NaN reward makes its whole group NaN.
     """
     groups = _groups(rewards, group_size)

@@ -85,6 +85,7 @@ def _largest_threshold(x_BV: jax.Array, enough) -> jax.Array:
     Floats are mapped to unsigned integers of the same order and t is found bit by bit: 32 passes, exact, and no
     sort. Equal values are kept together.
     """
+    x_BV = jnp.where(x_BV == 0, 0.0, x_BV)  # -0 and 0 are equal, and their bits are not
     bits = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     order_BV = jnp.where(bits >= sign, ~bits, bits | sign)
@@ -108,7 +109,7 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         x = jnp.where(keep, x, NEG)
     if sampling.use_top_p:
         p = jax.nn.softmax(x, axis=-1)
-        keep = _largest_threshold(p, lambda m: jnp.sum(p * m, -1, keepdims=True) >= sampling.top_p)
+        keep = _largest_threshold(p, lambda m: jnp.sum(jnp.where(m, p, 0.0), -1, keepdims=True) >= sampling.top_p)
         # Rounding may leave the whole vocabulary below top_p: then everything is kept, as it should be.
         x = jnp.where(keep, x, NEG)
     if sampling.use_min_p:

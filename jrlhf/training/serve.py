@@ -96,7 +96,7 @@ def policies(path: Path) -> dict[str, Path]:
         return {path.name: path}
     if (path / "stages.json").is_file():
         stages = json.loads((path / "stages.json").read_text(encoding="utf-8"))
-        folders = {name: (path / next(iter(seeds.values()))).resolve() for name, seeds in stages.items()}
+        folders = {name: path.parent / next(iter(seeds.values())) for name, seeds in stages.items()}
         found = {
             name: folder
             for name, folder in folders.items()

@@ -33,12 +33,15 @@ def make_run(
     best_of_n: bool = True,
     curves: bool = True,
     reward_name: str = "larder_gold",
+    trained_on: str = "reward_model",
 ) -> Path:
     """Write a finished run of `policies` (the first is the baseline) and return its folder."""
     folder = runs / f"{name}-{code}"
     trained = [p for p in policies if not p.startswith("best_of")]
     stages = {"reward_model": _stage("RewardModel", learning_rate=3e-4, pairs=16000)}
     stages |= {p: _stage(p.upper(), learning_rate=1e-4, beta=0.05 if p == "ppo" else 0.1) for p in trained}
+    for policy in {"ppo", "grpo"}.intersection(trained):
+        stages[policy]["reward"] = trained_on
     stages["evaluate"] = {"type": "Evaluate", "policies": list(policies), "reward": reward_name}
     index: dict[str, dict[str, str]] = {}
     for stage, config in stages.items():
@@ -54,7 +57,7 @@ def make_run(
                 evaluation = _evaluation(rng, policies, prompts, answers, proxy, best_of_n, reward_name)
                 _write(where / "evaluation.json", evaluation)
             elif curves:
-                lines = _curves(rng, stage, updates, reward_name if proxy else "", reward_name)
+                lines = _curves(rng, stage, updates, reward_name, trained_on)
                 (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _write(
         folder / "config.json",
@@ -151,7 +154,7 @@ def _best_of_n(rng, proxy: bool) -> dict:
     }
 
 
-def _curves(rng, stage: str, updates: int, proxy: str, gold: str) -> list[dict]:
+def _curves(rng, stage: str, updates: int, gold: str, trained_on: str) -> list[dict]:
     u = np.linspace(0, 1, updates)
     noise = lambda scale: rng.normal(0, scale, updates)  # noqa: E731
     if stage == "reward_model":
@@ -166,7 +169,12 @@ def _curves(rng, stage: str, updates: int, proxy: str, gold: str) -> list[dict]:
         }
     elif stage in ("dpo", "kto"):
         rise = 1 - np.exp(-3 * u)
-        columns = {"pref/acc": 0.5 + 0.35 * rise + noise(0.03), "pref/margin": 1.5 * rise + noise(0.05)}
+        columns = {
+            "pref/acc": 0.5 + 0.35 * rise + noise(0.03),
+            "pref/margin": 1.5 * rise + noise(0.05),
+            f"eval/{gold}/mean": 0.62 + (POLICIES[stage][0] - 0.62) * rise + noise(0.02),
+            "eval/kl/mean": POLICIES[stage][3] * u,
+        }
     else:
         top, kl, hump = POLICIES[stage][0], POLICIES[stage][3], 0.35 if stage == "grpo" else 0.0
         rise = 1 - np.exp(-4 * u)
@@ -179,9 +187,12 @@ def _curves(rng, stage: str, updates: int, proxy: str, gold: str) -> list[dict]:
             "rollout/len_mean": 9.5 + (POLICIES[stage][4] - 9.5) * u + noise(0.3),
             "rollout/eos_rate": 0.93 + 0.05 * u + noise(0.01),
         }
-        if proxy:
-            columns["reward/reward_model/mean"] = columns["reward/score/mean"]
-    return [{"step": i + 1} | {k: float(v[i]) for k, v in columns.items()} for i in range(updates)]
+        if trained_on == gold:
+            columns["reward/score/mean"] = columns.pop(f"reward/{gold}/mean")
+    kept = lambda name, i: not name.startswith("eval/") or i % 20 == 0  # noqa: E731
+    return [
+        {"step": i + 1} | {k: float(v[i]) for k, v in columns.items() if kept(k, i)} for i in range(updates)
+    ]
 
 
 def _write(file: Path, value) -> None:

@@ -137,6 +137,8 @@ def test_numbers_in_files_are_those_of_the_scores(one_seed):
         assert row["length"] == pytest.approx(np.mean(scores["length"]))
         if policy != "sft":
             assert row["gain"] == pytest.approx(np.mean(scores["gold"]) - np.mean(base["gold"]))
+            a, b = np.array(scores["gold"])[:, :, None], np.array(base["gold"])[:, None, :]
+            assert row["win"] == pytest.approx(np.mean((a > b) + 0.5 * (a == b)))
             assert 0 <= row["win_low"] <= row["win"] <= row["win_high"] <= 1
     assert len(rows) == 18
     assert rows["ppo", "eval"]["share"] == pytest.approx(rows["ppo", "eval"]["gold"] / 1.9)
@@ -175,6 +177,7 @@ def test_headline_is_honest_about_no_difference(summary):
     assert "kto cannot be told from sft" in text
     assert re.search(r"ppo gains \+0\.\d\d \[0\.\d\d, 0\.\d\d\] at KL 1\.\d\d", text)
     assert "kto gains" not in text
+    assert "kto loses" not in text
 
 
 def test_one_seed_is_said_so_and_five_are_not(one_seed, finished_run, tmp_path):
@@ -323,12 +326,23 @@ def test_a_broken_evaluation_names_file_and_field(finished_run, tmp_path, change
         summarize([run])
 
 
-def test_a_broken_metrics_line_names_its_line(finished_run, tmp_path):
-    run = finished_run(tmp_path, policies=("sft", "ppo"), prompts=4, updates=3)
-    file = run / json.loads((run / "stages.json").read_text())["ppo"]["0"] / "metrics.jsonl"
-    file.write_text(file.read_text() + '{"reward/')
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 4"):
-        summarize([run])
+def test_gold_that_was_trained_on_is_not_called_a_proxy(finished_run, tmp_path):
+    run = finished_run(
+        tmp_path, policies=("sft", "ppo"), prompts=8, best_of_n=False, updates=30, trained_on="larder_gold"
+    )
+    summary = summarize([run])
+    figure = plots.reward_and_kl(summary, plots.policy_looks(summary))
+    assert "ppo: gold goes from" in figure.finding
+    assert "trained on" not in figure.finding
+
+
+def test_over_optimisation_is_named(summary):
+    """The fixture's grpo rises and falls while its reward grows, ppo only rises."""
+    finding = plots.reward_and_kl(summary, plots.policy_looks(summary)).finding
+    assert re.search(
+        r"grpo: gold peaks at 1\.\d\d near update [4-8]\d and ends at 1\.0\d; trained on", finding
+    )
+    assert re.search(r"ppo: gold goes from 0\.\d\d to 1\.\d\d without a clear fall", finding)
 
 
 def test_a_resumed_run_counts_a_step_once(finished_run, tmp_path):

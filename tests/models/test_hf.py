@@ -145,6 +145,8 @@ def test_absent_fields_mean_what_transformers_takes(checkpoint):
 def test_rope_theta_of_older_files(checkpoint):
     edit_json(checkpoint / "config.json", rope_parameters=..., rope_theta=500_000, rope_scaling=None)
     assert config_from_hf(checkpoint).rope_theta == 500_000.0
+    edit_json(checkpoint / "config.json", rope_scaling={"type": "default"})
+    assert config_from_hf(checkpoint).rope_theta == 500_000.0
 
 
 @pytest.mark.parametrize(

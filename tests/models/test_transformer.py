@@ -165,9 +165,8 @@ def test_chunked_logits_change_nothing_and_are_never_whole(plain, texts):
     assert logit_arrays(plain[1]) == {LENGTH - 1}
 
 
-@pytest.mark.parametrize("chunk", [0, 4])
-def test_bfloat16_is_near_float32(plain, texts, chunk):
-    (loss, grads), _ = loss_and_gradient(replace(TINY, dtype="bfloat16", logits_chunk=chunk), texts)
+def test_bfloat16_is_near_float32(plain, texts):
+    (loss, grads), _ = loss_and_gradient(replace(TINY, dtype="bfloat16", logits_chunk=4), texts)
     expected, expected_grads = plain[0]
     assert loss.dtype == jnp.float32
     assert 0 < abs(float(loss) - float(expected)) < 0.02 * float(expected)

@@ -1,4 +1,5 @@
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_every_product_of_the_head_takes_the_compute_dtype():
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 yield [v.aval.dtype for v in (*equation.invars, *equation.outvars)]
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from products(inner)
 
     found = list(products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel).jaxpr))

@@ -1,0 +1,37 @@
+"""B1: PPO on Larder's gold reward. With no reward model in between, PPO must nearly reach the rubric's maximum.
+
+Command    jrlhf run experiments/larder/ppo_gold.py
+Hardware   two CPU cores, 2 GiB of memory
+Expected   at least 88% of the maximum at KL <= 2.5 nats within 100 updates of 128 answers
+"""
+
+from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.experiment import Experiment
+from jrlhf.lab import LarderPrompts
+from jrlhf.optim import OptimConfig
+from jrlhf.training.loop import LoopConfig
+from jrlhf.training.stages import PPO, Evaluate
+from ppo_vs_dpo import answers, evaluation_prompts
+from ppo_vs_dpo import experiment as base
+
+experiment = Experiment(
+    name="larder-ppo-gold",
+    stages={
+        "pretrain": base.stages["pretrain"],
+        "sft": base.stages["sft"],
+        "ppo": PPO(
+            start="sft",
+            reward="larder_gold",
+            critic="policy",
+            prompts=LarderPrompts(size=12_800),
+            algorithm=PPOConfig(beta=0.05),
+            sampling=answers,
+            optim=OptimConfig(lr=3e-4, eps=1e-5),
+            critic_optim=OptimConfig(lr=1e-3, eps=1e-5),
+            loop=LoopConfig(steps=100, batch_size=128),
+        ),
+        "evaluate": Evaluate(
+            policies=("sft", "ppo"), gold="larder_gold", prompts=evaluation_prompts, sampling=answers
+        ),
+    },
+)

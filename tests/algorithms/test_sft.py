@@ -1,0 +1,117 @@
+"""Next-token learning: the loss is a plain cross-entropy, and the same however the batch is laid out or split."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import DESCENT, MESHES, MODEL, assert_close, largest_difference, lm_params, one_step
+
+from jrlhf.algorithms.sft import SFTConfig, make_sft
+from jrlhf.metrics import check_name
+from jrlhf.optim import OptimConfig, build_optimizer
+from jrlhf.types import SequenceBatch
+
+ROWS, LENGTH = 24, 12  # three rows on each of eight devices
+KEY = jax.random.key(0)
+
+
+def texts():
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 32, rng.integers(3, 6)) for _ in range(ROWS)]
+
+
+def batch_of(rows: list[list[np.ndarray]], length=LENGTH, side="right", pad_id=0) -> SequenceBatch:
+    """Rows of one or more texts each; the first token of a text and every third after it are not learned."""
+    arrays = [np.zeros((len(rows), length), t) for t in (np.int32, np.int32, np.int32, bool)]
+    tokens, segments, positions, loss_mask = arrays
+    tokens[:] = pad_id
+    for i, row in enumerate(rows):
+        at = length - sum(map(len, row)) if side == "left" else 0
+        for number, text in enumerate(row, start=1):
+            span = slice(at, at + len(text))
+            tokens[i, span], segments[i, span], positions[i, span] = text, number, np.arange(len(text))
+            loss_mask[i, span] = np.arange(len(text)) % 3 > 0
+            at += len(text)
+    return SequenceBatch(*arrays)
+
+
+BATCH = batch_of([[t] for t in texts()])
+
+
+def step(batch=BATCH, microbatches=1, mesh=None, optimizer=DESCENT):
+    return one_step(make_sft(SFTConfig(microbatches), MODEL, optimizer), (lm_params(), KEY), batch, mesh)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return step()
+
+
+def test_loss_is_the_cross_entropy_of_the_masked_tokens(whole):
+    batch = BATCH
+    logits = jax.jit(lambda p: MODEL.logits(p, MODEL.hidden(p, batch.tokens, batch.segment_ids)))(lm_params())
+    logits = np.asarray(logits, np.float64)
+    total = count = 0
+    for row, t in np.argwhere(batch.loss_mask):
+        before = logits[row, t - 1]
+        total += np.log(np.sum(np.exp(before - before.max()))) + before.max() - before[batch.tokens[row, t]]
+        count += 1
+    assert whole.metrics["train/loss"] == pytest.approx(total / count, rel=1e-5)
+    assert whole.metrics["train/tokens"] == count
+    for name in whole.metrics:
+        check_name(name)
+
+
+def test_unmasked_tokens_are_no_targets(whole):
+    """A last token that is not learned may be any other: nothing follows it."""
+    tokens, free = BATCH.tokens.copy(), 0
+    for row, text in enumerate(texts()):
+        if not BATCH.loss_mask[row, len(text) - 1]:
+            tokens[row, len(text) - 1] = (tokens[row, len(text) - 1] + 5) % 32
+            free += 1
+    assert free > 3
+    assert_close(step(BATCH._replace(tokens=tokens)).gradient, whole.gradient)
+
+
+def test_layout_is_irrelevant(whole):
+    """Padding side, pad token, order of the rows, and two texts packed into a row."""
+    order = np.random.default_rng(0).permutation(ROWS)
+    shuffled = [[texts()[i]] for i in order]
+    left = step(batch_of(shuffled, side="left", pad_id=9))
+    assert_close((left.metrics, left.gradient), (whole.metrics, whole.gradient))
+    half = ROWS // 2
+    packed = step(batch_of([[texts()[i], texts()[i + half]] for i in range(half)]))
+    assert_close((packed.metrics, packed.gradient), (whole.metrics, whole.gradient))
+
+
+def test_microbatches_accumulate_the_same_gradient(whole):
+    parts = step(microbatches=3)
+    assert_close((parts.metrics, parts.gradient), (whole.metrics, whole.gradient))
+    assert f"f32[{ROWS},{LENGTH}," in whole.hlo
+    assert f"f32[{ROWS},{LENGTH}," not in parts.hlo
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_gives_the_same_gradient_and_splits_the_work(whole, mesh):
+    spread = step(mesh=mesh)
+    assert_close((spread.metrics, spread.gradient), (whole.metrics, whole.gradient))
+    assert f"f32[{ROWS},{LENGTH}," not in spread.hlo, "an activation of the whole batch is on one device"
+
+
+def test_adam_on_a_split_state_is_adam(whole):
+    """Parameters and moments stay split after a step, and are those of one device."""
+    make = partial(build_optimizer, OptimConfig(lr=0.01, weight_decay=0.1), 10)
+    one, spread = step(optimizer=make()), step(optimizer=make(), mesh="all")
+    assert_close(spread.params, one.params)
+    assert 0.005 < largest_difference(one.params, lm_params() and {"policy": lm_params()}) < 0.02
+    assert int(spread.state.step) == 1
+    ways = {"embedding": 4, "q": 4, "o": 4, "gate": 4, "down": 4, "scale": 1}
+    found = {name: 0 for name in ways}
+    for path, x in jax.tree_util.tree_leaves_with_path((spread.state.params, spread.state.opt_state)):
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if name in ways and jnp.ndim(x):
+            assert x.addressable_shards[0].data.size * ways[name] == x.size, jax.tree_util.keystr(path)
+            found[name] += 1
+    assert all(found[name] >= 3 for name in ways)  # the parameter and both moments

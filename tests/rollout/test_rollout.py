@@ -1,0 +1,217 @@
+"""Sampled rows: their log-probabilities are the trainer's, and each depends on its own prompt and key alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import AXES, MESHES, MODEL, TINY, fake_params, lm_params
+
+from jrlhf.models.config import ModelConfig
+from jrlhf.models.transformer import Model
+from jrlhf.rollout.rollout import pad_prompts, response_ids, rollout
+from jrlhf.rollout.sampling import SamplingConfig, make_sampling
+from jrlhf.sharding import make_mesh, put_batch, state_shardings
+
+ROWS, PROMPT, RESPONSE = 8, 5, 10  # 10 is no multiple of the chunk of 4
+STOP, PAD = (3, 7), 0
+KEY = jax.random.key(11)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lm_params()
+
+
+def prompts(rows=ROWS, length=PROMPT, pad_id=PAD):
+    rng = np.random.default_rng(5)
+    return pad_prompts(
+        [rng.integers(8, 32, rng.integers(1, PROMPT + 1)).tolist() for _ in range(rows)], length, pad_id
+    )
+
+
+def sampling(temperature=1.0, stop=STOP, max_new_tokens=RESPONSE, pad_id=PAD, **filters):
+    return make_sampling(SamplingConfig(max_new_tokens, temperature, **filters), stop, pad_id)
+
+
+def roll(params, rule, key=KEY, batch=None):
+    return jax.device_get(rollout(MODEL, params, prompts() if batch is None else batch, key, rule))
+
+
+@jax.jit
+def next_token_logits(params, tokens, mask):
+    """[B, R, V] of the training-time forward pass, for the response's tokens."""
+    return MODEL.logits(params, MODEL.hidden(params, tokens, mask))[:, PROMPT - 1 : -1]
+
+
+def log_softmax(x):
+    x = x - np.max(x, axis=-1, keepdims=True)
+    return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+def same(a, b):
+    """Row for row the same tokens, masks and ends, and log-probabilities up to rounding."""
+    for name in ("tokens", "mask", "response_mask", "ended"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_recorded_logprobs_are_those_of_the_forward_pass(params, temperature):
+    out = roll(params, sampling(temperature))
+    logps, _ = jax.jit(partial(MODEL.logprobs, start=PROMPT))(
+        params, out.tokens, out.mask, temperature=temperature
+    )
+    np.testing.assert_allclose(out.logprobs, np.where(out.response_mask, logps, 0.0), atol=2e-5)
+    assert np.min(out.logprobs) < -1
+
+
+def test_recorded_logprobs_under_filters_are_renormalised(params):
+    temperature, top_k, min_p = 1.4, 5, 0.05
+    out = roll(params, sampling(temperature, top_k=top_k, top_p=0.9, min_p=min_p))
+    x = np.asarray(next_token_logits(params, out.tokens, out.mask), np.float64) / temperature
+    x = np.where(x >= np.sort(x, axis=-1)[..., -top_k, None], x, -np.inf)
+    p = np.exp(log_softmax(x))
+    descending = -np.sort(-p, axis=-1)
+    last = np.argmax(np.cumsum(descending, axis=-1) >= 0.9, axis=-1)
+    p = np.where(p >= np.take_along_axis(descending, last[..., None], axis=-1), p, 0.0)
+    p = np.where(p >= min_p * np.max(p, axis=-1, keepdims=True), p, 0.0)
+    p = p / np.sum(p, axis=-1, keepdims=True)
+    chosen = np.take_along_axis(p, out.tokens[:, PROMPT:, None], axis=-1)[..., 0][out.response_mask]
+    assert np.min(chosen) > 0
+    np.testing.assert_allclose(out.logprobs[out.response_mask], np.log(chosen), atol=1e-4)
+
+
+def test_greedy_takes_the_most_likely_token_and_is_sure_of_it(params):
+    out = roll(params, sampling(0.0))
+    best = np.argmax(next_token_logits(params, out.tokens, out.mask), axis=-1)
+    np.testing.assert_array_equal(out.tokens[:, PROMPT:][out.response_mask], best[out.response_mask])
+    np.testing.assert_array_equal(out.logprobs, 0.0)
+
+
+@pytest.mark.parametrize("vocab", [32, 700])  # one block of the inverse CDF, and three
+def test_frequencies_are_the_models_probabilities(vocab):
+    """Two tokens from one prompt, many times: the first, and the second given the most frequent first."""
+    rows = 8192
+    model = Model(ModelConfig(vocab_size=vocab, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=8))
+    params = fake_params(model)
+    prompt = pad_prompts([[4, 1]] * rows, 3, PAD)
+    out = jax.device_get(rollout(model, params, prompt, KEY, sampling(0.8, stop=(), max_new_tokens=2)))
+    first, second = out.tokens[:, 3], out.tokens[:, 4]
+    common = np.bincount(first).argmax()
+    context = np.array([[4, 1, common]], np.int32)
+    logits = np.asarray(jax.jit(lambda t: model.logits(params, model.hidden(params, t, t >= 0)))(context))[0]
+    p = np.exp(log_softmax(logits.astype(np.float64) / 0.8))
+    for drawn, probability in ((first, p[1]), (second[first == common], p[2])):
+        n = len(drawn)
+        order = np.argsort(-probability)
+        bins = np.minimum(np.arange(vocab), 40)[np.argsort(order)]  # the tail in one bin
+        expected = n * np.bincount(bins, weights=probability)
+        observed = np.bincount(bins[drawn], minlength=len(expected))
+        assert np.min(expected) > 5 or n < 2000
+        degrees = len(expected) - 1
+        assert np.sum((observed - expected) ** 2 / expected) < degrees + 4 * np.sqrt(2 * degrees)
+
+
+# --- ends ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_ends_its_row_and_is_kept(params):
+    out = roll(params, sampling(1.5, stop=tuple(range(0, 32, 8))))
+    ends = np.isin(out.tokens[:, PROMPT:], range(0, 32, 8))
+    lengths = np.sum(out.response_mask, axis=1)
+    assert np.any(out.ended)
+    for row in range(ROWS):
+        sampled = ends[row] & out.response_mask[row]
+        assert np.array_equal(out.response_mask[row], np.arange(RESPONSE) < lengths[row])
+        assert sampled.sum() == int(out.ended[row])
+        assert out.ended[row] == sampled[lengths[row] - 1]
+        assert out.ended[row] or lengths[row] == RESPONSE
+        assert np.all(out.tokens[row, PROMPT + lengths[row] :] == PAD)
+        assert np.all(out.logprobs[row, lengths[row] :] == 0)
+    np.testing.assert_array_equal(out.mask[:, PROMPT:], out.response_mask)
+    assert [len(ids) for ids in response_ids(out)] == lengths.tolist()
+    assert response_ids(out)[0] == out.tokens[0, PROMPT : PROMPT + lengths[0]].tolist()
+
+
+def test_no_stop_token_runs_to_the_length(params):
+    out = roll(params, sampling(stop=()))
+    assert np.all(out.response_mask)
+    assert not np.any(out.ended)
+    assert out.tokens.shape == (ROWS, PROMPT + RESPONSE)
+
+
+def test_stopping_early_leaves_the_same_rows(params):
+    """Rows that all end soon, alone and beside one that goes on to the length; and rows added after others
+    change nothing."""
+    rule = sampling(1.0, stop=tuple(i for i in range(32) if i % 3))
+    alone = roll(params, rule)
+    more = prompts()
+    crowd = type(more)(np.concatenate([more.tokens] * 40), np.concatenate([more.mask] * 40))
+    beside = roll(params, rule, batch=crowd)
+    longest = [np.sum(x.response_mask, axis=1).max() for x in (alone, beside)]
+    assert longest[0] <= 4 < longest[1]  # the first loop ended after one chunk
+    same(alone, jax.tree.map(lambda x: x[:ROWS], beside))
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_keys_give_different_answers(params):
+    """The same prompt in every row, and two consecutive keys."""
+    batch = pad_prompts([[9, 10, 11]] * ROWS, PROMPT, PAD)
+    rule = sampling(1.5, stop=())
+    runs = [roll(params, rule, jax.random.fold_in(KEY, step), batch).tokens[:, PROMPT:] for step in (0, 1)]
+    rows = np.concatenate(runs)
+    assert len(np.unique(rows, axis=0)) == 2 * ROWS
+    # Nor is one row another one shifted by some steps.
+    assert all(np.mean(a[1:] == a[:-1]) < 0.5 for a in rows)
+
+
+def test_padding_of_the_prompts_changes_nothing(params):
+    short, wide = (
+        roll(params, sampling(), batch=prompts(length=n, pad_id=pad))
+        for n, pad in ((PROMPT, 0), (PROMPT + 4, 21))
+    )
+    same(short, wide._replace(tokens=np.where(wide.mask, wide.tokens, 0)[:, 4:], mask=wide.mask[:, 4:]))
+
+
+# --- compilation and devices --------------------------------------------------------------------------------------
+
+
+def test_new_values_do_not_recompile(params):
+    roll(params, sampling(1.0))
+    roll(params, sampling(1.3, top_k=4, top_p=0.8, min_p=0.1))
+    before = rollout._cache_size()
+    roll(params, sampling(0.3), key=jax.random.key(1))
+    roll(params, sampling(0.9, top_k=9, top_p=0.5, min_p=0.2))
+    assert rollout._cache_size() == before
+    roll(params, sampling(max_new_tokens=RESPONSE + 1))  # a static value: the count does count
+    assert rollout._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_samples_the_same_tokens(params, name):
+    mesh = make_mesh(MESHES[name])
+    rule = sampling(0.8)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, state_shardings(mesh, params, AXES))
+        out = rollout(MODEL, spread, put_batch(mesh, prompts()), KEY, rule)
+        shards = {s.data.shape[0] for s in out.tokens.addressable_shards}
+    same(jax.device_get(out), roll(params, rule))
+    assert shards == {ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])}
+
+
+def test_pad_prompts():
+    batch = pad_prompts([[5], [6, 7, 8]], 4, 2)
+    assert batch.tokens.tolist() == [[2, 2, 2, 5], [2, 6, 7, 8]]
+    assert batch.mask.tolist() == [[False] * 3 + [True], [False] + [True] * 3]
+    for wrong in ([[]], [[1, 2, 3, 4, 5]]):
+        with pytest.raises(ValueError, match="prompt 0"):
+            pad_prompts(wrong, 4, 2)
+    assert batch.tokens.dtype == jnp.int32
+    assert TINY.vocab_size == 32
