@@ -1,5 +1,6 @@
 """A tiny model that divides over every mesh, batches for it, and the way to take a train step on a mesh."""
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -71,20 +72,29 @@ class Step(NamedTuple):
     hlo: str  # the compiled program's text
 
 
+_compiled: dict = {}  # programs by what they were compiled of: tests share them
+
+
 def one_step(algorithm, init_args: tuple, batch: Any, mesh: str | None = None) -> Step:
-    """A compiled train step on one device, or with state and batch split over one of MESHES."""
+    """A compiled train step on one device, or with state and batch split over one of MESHES.
+
+    Pass the same algorithm again (not another one made alike), and it is not compiled again.
+    """
     state = algorithm.init(*init_args)
     before = jax.device_get(state.params)
     if mesh is None:
-        compiled = jax.jit(algorithm.train_step).lower(state, batch).compile()
-        state, metrics = compiled(state, batch)
+        context = contextlib.nullcontext()
     else:
         devices = make_mesh(MESHES[mesh])
         state = jax.device_put(state, state_shardings(devices, state, AXES))
         batch = put_batch(devices, jax.device_get(batch))
-        with jax.set_mesh(devices):
-            compiled = jax.jit(algorithm.train_step).lower(state, batch).compile()
-            state, metrics = compiled(state, batch)
+        context = jax.set_mesh(devices)
+    shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves((state, batch)))
+    key = (algorithm.train_step, mesh, jax.tree.structure((state, batch)), shapes)
+    with context:
+        if key not in _compiled:
+            _compiled[key] = jax.jit(algorithm.train_step).lower(state, batch).compile()
+        state, metrics = _compiled[key](state, batch)
     params, metrics = jax.device_get((state.params, metrics))
     gradient = jax.tree.map(lambda a, b: a - b, before, params)
-    return Step(state, params, gradient, metrics, compiled.as_text())
+    return Step(state, params, gradient, metrics, _compiled[key].as_text())

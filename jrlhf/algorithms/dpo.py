@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jrlhf.config import UserError
 from jrlhf.models.transformer import Model
 from jrlhf.ops.losses import dpo_loss
-from jrlhf.ops.microbatch import value_and_grad_rows
+from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm, TrainState
 
@@ -60,8 +60,8 @@ def make_dpo(config: DPOConfig, model: Model, optimizer: Optimizer) -> Algorithm
 
     def train_step(state: TrainState, batch: PairBatch):
         if config.reference == "on_the_fly":
-            ref = jax.lax.stop_gradient(pair_logprobs(model, state.ref_params, batch))
-            batch = batch._replace(ref_logprobs=ref)
+            score = lambda rows: pair_logprobs(model, state.ref_params, rows)  # noqa: E731
+            batch = batch._replace(ref_logprobs=map_rows(score, batch, config.microbatches))
         pairs = jnp.float32(batch.tokens.shape[0])
 
         def loss(params, rows: PairBatch):

@@ -278,12 +278,14 @@ def _course(seeds: list[Stage], gold: str, proxies: list[str]) -> str:
         parts.append("the gold reward was not logged")
     for name in proxies:
         _, y = _mean_curve(seeds, name)
-        parts.append(f"{_reward_label(name, gold, seeds)} goes from {number(y[0])} to {number(y[-1])}")
+        parts.append(
+            f"the reward {_reward_label(name, gold, seeds)} goes from {number(y[0])} to {number(y[-1])}"
+        )
     return "; ".join(parts) + "."
 
 
 def _reward_label(name: str, gold: str, seeds: list[Stage]) -> str:
-    return "gold" if name == gold else f"trained on: {seeds[0].config.get('reward', 'score')}"
+    return "gold" if name == gold else f"trained on {seeds[0].config.get('reward', 'score')}"
 
 
 def _on_axes(seeds: list[Stage], gold: list[str], proxies: list[str]) -> list[list[str]]:

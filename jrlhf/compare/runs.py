@@ -1,7 +1,6 @@
 """Reads finished runs: which stages and seeds there are, their curves, and what `evaluate` wrote."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +109,7 @@ def read_run(folder: Path) -> Run:
     stages, unfinished = [], []
     for name, seeds in read_json(folder / "stages.json").items():
         for seed, where in seeds.items():
-            stage = Path(os.path.normpath(folder / where))
+            stage = folder.parent / where  # the paths are relative to the runs folder
             if (stage / "done.json").is_file():
                 stages.append(_read_stage(name, seed, stage))
             else:

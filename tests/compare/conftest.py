@@ -49,7 +49,7 @@ def make_run(
         for seed in seeds[:1] if shared else seeds:
             rng = np.random.default_rng([seed, *stage.encode()])
             where = runs / "stages" / f"{stage}-{code}{seed:04d}"
-            index.setdefault(stage, {})[str(seed)] = f"../stages/{where.name}"
+            index.setdefault(stage, {})[str(seed)] = f"stages/{where.name}"
             _write(where / "config.json", {"stage": config, "seed": seed, "fingerprint": code, "parents": {}})
             _write(where / "environment.json", _environment())
             _write(where / "done.json", {"results": {}, "seconds": round(20 + 60 * rng.random(), 3)})

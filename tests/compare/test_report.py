@@ -128,7 +128,7 @@ def test_numbers_in_files_are_those_of_the_scores(one_seed):
     content = json.loads((page.parent / "summary.json").read_text())
     rows = {(row["policy"], row["split"]): row for row in content["rows"]}
     stage = json.loads((run / "stages.json").read_text())["evaluate"]["0"]
-    evaluation = json.loads((run / stage / "evaluation.json").read_text())
+    evaluation = json.loads((run.parent / stage / "evaluation.json").read_text())
     for (policy, split), row in rows.items():
         scores = evaluation["policies"][policy]["splits"][split]
         base = evaluation["policies"]["sft"]["splits"][split]
@@ -224,7 +224,7 @@ def test_missing_parts_are_named(finished_run, tmp_path):
 
 def change_evaluation(run: Path, change) -> None:
     for where in json.loads((run / "stages.json").read_text())["evaluate"].values():
-        file = run / where / "evaluation.json"
+        file = run.parent / where / "evaluation.json"
         evaluation = json.loads(file.read_text())
         change(evaluation)
         file.write_text(json.dumps(evaluation))
@@ -290,7 +290,7 @@ def test_the_terminal_table_fits_its_terminal(summary):
 def test_an_unfinished_seed_is_left_out_and_named(finished_run, tmp_path):
     run = finished_run(tmp_path / "runs", seeds=(0, 1, 2), policies=("sft", "ppo"), prompts=8)
     where = json.loads((run / "stages.json").read_text())["evaluate"]["1"]
-    (run / where / "done.json").unlink()
+    (run.parent / where / "done.json").unlink()
     text, _ = report([run], tmp_path / "report")
     assert "Not finished, and left out: evaluate (seed 1, ppo_vs_dpo-1a2b3c4d)." in Page(text).text
     assert summarize([run]).seeds == 2
@@ -305,7 +305,7 @@ def test_a_wrong_folder_gets_a_suggestion(finished_run, tmp_path):
 def test_a_run_without_evaluation_says_what_is_unfinished(finished_run, tmp_path):
     run = finished_run(tmp_path, policies=("sft", "ppo"), prompts=4)
     where = json.loads((run / "stages.json").read_text())["evaluate"]["0"]
-    (run / where / "done.json").unlink()
+    (run.parent / where / "done.json").unlink()
     with pytest.raises(UserError, match=r"no finished evaluate stage.*evaluate \(seed 0\)"):
         summarize([run])
 
@@ -340,7 +340,7 @@ def test_over_optimisation_is_named(summary):
     """The fixture's grpo rises and falls while its reward grows, ppo only rises."""
     finding = plots.reward_and_kl(summary, plots.policy_looks(summary)).finding
     assert re.search(
-        r"grpo: gold peaks at 1\.\d\d near update [4-8]\d and ends at 1\.0\d; trained on", finding
+        r"grpo: gold peaks at 1\.\d\d near update [4-8]\d and ends at 1\.0\d; the reward trained on", finding
     )
     assert re.search(r"ppo: gold goes from 0\.\d\d to 1\.\d\d without a clear fall", finding)
 
