@@ -5,14 +5,15 @@ Hardware   two CPU cores, 2 GiB of memory
 Expected   at least 88% of the maximum at KL <= 2.5 nats within 100 updates of 128 answers
 """
 
+from ppo_vs_dpo import answers, evaluation_prompts
+from ppo_vs_dpo import experiment as base
+
 from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.experiment import Experiment
 from jrlhf.lab import LarderPrompts
 from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import PPO, Evaluate
-from ppo_vs_dpo import answers, evaluation_prompts
-from ppo_vs_dpo import experiment as base
 
 experiment = Experiment(
     name="larder-ppo-gold",

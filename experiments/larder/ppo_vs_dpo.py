@@ -48,10 +48,10 @@ experiment = Experiment(
             data=LarderText(documents=40_000),
             tokenizer=TokenizerConfig(model_type="word", vocab_size=128, texts=(LarderVocabulary(),)),
             model=ModelConfig(
-                d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=192, context=40, remat="full"
+                d_model=64, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=192, context=40, remat="full"
             ),
             optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
-            loop=LoopConfig(steps=500, batch_size=128),
+            loop=LoopConfig(steps=400, batch_size=128),
         ),
         "sft": SFT(
             start="pretrain",
@@ -70,18 +70,18 @@ experiment = Experiment(
             start="sft",
             preferences="preferences",
             optim=OptimConfig(lr=1e-3, schedule="cosine"),
-            loop=LoopConfig(epochs=2, batch_size=32),
+            loop=LoopConfig(epochs=3, batch_size=16),
         ),
         "ppo": PPO(
             start="sft",
             reward="reward_model",
             prompts=LarderPrompts(size=8_000),
             gold="larder_gold",
-            algorithm=PPOConfig(beta=0.05),
+            algorithm=PPOConfig(beta=0.1),
             sampling=answers,
-            optim=OptimConfig(lr=1e-3, eps=1e-5),
+            optim=OptimConfig(lr=3e-4, eps=1e-5),
             critic_optim=OptimConfig(lr=1e-3, eps=1e-5),
-            loop=LoopConfig(steps=60, batch_size=128),
+            loop=LoopConfig(steps=50, batch_size=128),
         ),
         "dpo": DPO(
             start="sft",
@@ -91,7 +91,7 @@ experiment = Experiment(
             eval_prompts=LarderPrompts(size=256, split="eval"),
             gold="larder_gold",
             sampling=answers,
-            loop=LoopConfig(epochs=1, batch_size=64, eval_every=50),
+            loop=LoopConfig(steps=160, batch_size=64, eval_every=40),
         ),
         "best_of_n": BestOfN(
             start="sft",

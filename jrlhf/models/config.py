@@ -29,7 +29,9 @@ class ModelConfig:
     def __post_init__(self):
         if not self.head_dim:
             if self.d_model % self.n_heads:
-                raise UserError(f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}")
+                raise UserError(
+                    f"model.d_model {self.d_model} is not divisible by model.n_heads {self.n_heads}"
+                )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context"):
             if getattr(self, name) <= 0:

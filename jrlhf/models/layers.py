@@ -107,9 +107,7 @@ class Attention(nn.Module):
             zero = jnp.zeros((), slot.dtype)
             at = (zero, zero, slot, zero)
             cache = LayerCache(
-                jax.lax.dynamic_update_slice(
-                    cache.k_BKSH, key.swapaxes(1, 2).astype(cache.k_BKSH.dtype), at
-                ),
+                jax.lax.dynamic_update_slice(cache.k_BKSH, key.swapaxes(1, 2).astype(cache.k_BKSH.dtype), at),
                 jax.lax.dynamic_update_slice(
                     cache.v_BKSH, value.swapaxes(1, 2).astype(cache.v_BKSH.dtype), at
                 ),

@@ -109,7 +109,9 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         x = jnp.where(keep, x, NEG)
     if sampling.use_top_p:
         p = jax.nn.softmax(x, axis=-1)
-        keep = _largest_threshold(p, lambda m: jnp.sum(jnp.where(m, p, 0.0), -1, keepdims=True) >= sampling.top_p)
+        keep = _largest_threshold(
+            p, lambda m: jnp.sum(jnp.where(m, p, 0.0), -1, keepdims=True) >= sampling.top_p
+        )
         # Rounding may leave the whole vocabulary below top_p: then everything is kept, as it should be.
         x = jnp.where(keep, x, NEG)
     if sampling.use_min_p:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from jrlhf.training.rewards import Reward, Texts, read_texts
 from jrlhf.types import Params, Rollout
 
 SAMPLE_ROWS = 256  # rows of one rollout when many prompts are sampled
+
+
+def chunk_rows(rows: int, mesh: Mesh) -> int:
+    """Rows that go through a model together: at most SAMPLE_ROWS, up to a multiple of the mesh's batch shards."""
+    ways = batch_ways(mesh)
+    return -(-min(rows, SAMPLE_ROWS) // ways) * ways
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Sampler:
         self, params: Params, ids: list[list[int]], key: jax.Array, progress: Callable | None = None
     ) -> Rollout:
         """One response per prompt (repeat prompts for several), as numpy arrays of len(ids) rows."""
-        size = min(SAMPLE_ROWS, -(-len(ids) // batch_ways(self.mesh)) * batch_ways(self.mesh))
+        size = chunk_rows(len(ids), self.mesh)
         out = []
         for n, start in enumerate(range(0, len(ids), size)):
             rows = ids[start : start + size]
@@ -70,24 +76,24 @@ class Scorer:
     mesh: Mesh
     temperature: float
 
-    @cached_property
-    def _logprob(self) -> Callable:
-        def one(params, tokens, mask, response_mask):
-            start = tokens.shape[1] - response_mask.shape[1]
-            logprobs, _ = self.model.logprobs(params, tokens, mask, start, self.temperature)
-            return jnp.sum(jnp.where(response_mask, logprobs, 0.0), axis=1)
-
-        return jax.jit(one)
-
     def logprobs(self, params: Params, samples: Rollout) -> np.ndarray:
         """Summed over each response, [N] float32."""
-        return in_rows(lambda r: self._logprob(params, r.tokens, r.mask, r.response_mask), samples, self.mesh)
+        f = partial(response_logprobs, self.model, self.temperature, params)
+        return in_rows(lambda r: f(r.tokens, r.mask, r.response_mask), samples, self.mesh)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def response_logprobs(model: Model, temperature: float, params, tokens, mask, response_mask) -> jax.Array:
+    """[B] float32. tokens, mask [B, P + R]; response_mask [B, R]."""
+    start = tokens.shape[1] - response_mask.shape[1]
+    logprobs, _ = model.logprobs(params, tokens, mask, start, temperature)
+    return jnp.sum(jnp.where(response_mask, logprobs, 0.0), axis=1)
 
 
 def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.ndarray:
     """`f` over a host rollout, SAMPLE_ROWS rows at a time, results on the host."""
     n = len(samples.tokens)
-    size = min(SAMPLE_ROWS, -(-n // batch_ways(mesh)) * batch_ways(mesh))
+    size = chunk_rows(n, mesh)
     out = []
     for start in range(0, n, size):
         index = np.arange(start, start + size)
@@ -136,7 +142,13 @@ class Probe:
         }
 
     def _write(self, step: int, texts: Texts, values: dict[str, np.ndarray], count: int = 8) -> None:
-        with open(self._folder / "samples.jsonl", "a", encoding="utf-8") as f:
+        path = self._folder / "samples.jsonl"
+        unfinished = path.with_name(path.name + ".partial")
+        with open(unfinished, "w", encoding="utf-8") as f:
+            if path.exists():
+                # Without this step, which a stopped run may have written after its last checkpoint.
+                with open(path, encoding="utf-8") as before:
+                    f.writelines(line for line in before if json.loads(line)["step"] < step)
             for i in range(min(count, len(texts.prompts))):
                 scores = {name: round(float(v[i]), 4) for name, v in values.items()}
                 line = {
@@ -146,3 +158,4 @@ class Probe:
                     **scores,
                 }
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        unfinished.rename(path)

@@ -55,8 +55,8 @@ def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Toke
         if loaded.tokenizer.fingerprint() != tokenizer.fingerprint():
             raise UserError(f"reward {name!r} was trained with another tokenizer than the policy")
         model, params = loaded.model, loaded.params
-        scores = jax.jit(lambda params, tokens, mask: sequence_scores(model, params, tokens, mask))
-        return Reward(name, False, lambda rollout, texts: scores(params, rollout.tokens, rollout.mask))
+        scores = lambda rollout, texts: jitted_scores(model, params, rollout.tokens, rollout.mask)  # noqa: E731
+        return Reward(name, False, scores)
 
     function = program_reward(name)
 
@@ -70,6 +70,9 @@ def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Toke
         return values
 
     return Reward(name, True, score)
+
+
+jitted_scores = jax.jit(sequence_scores, static_argnums=0)
 
 
 def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Texts:

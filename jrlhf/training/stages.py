@@ -9,6 +9,7 @@ are in `jrlhf/algorithms`, one file each.
 import json
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
 from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import batch_ways, leads, make_mesh, state_shardings
+from jrlhf.sharding import leads, make_mesh, state_shardings
 from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, save_model
 from jrlhf.training.data import (
     demonstration_batch,
@@ -60,7 +61,7 @@ from jrlhf.training.data import (
     take,
     text_batch,
 )
-from jrlhf.training.evaluation import Probe, Sampler, Scorer, prompt_slots, score
+from jrlhf.training.evaluation import Probe, Sampler, Scorer, chunk_rows, prompt_slots, score
 from jrlhf.training.loop import LoopConfig, stage_key
 from jrlhf.training.offline import train_offline
 from jrlhf.training.online import train_online
@@ -100,6 +101,7 @@ class Pretrain(Stage):
     def validate(self, names):
         if self.length > self.model.context:
             raise UserError(f"length {self.length} is longer than model.context {self.model.context}")
+        check_microbatches(self)
 
     def files(self):
         return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ())
@@ -181,6 +183,9 @@ class SFT(Stage):
     too_long: TooLong = "error"
     eval_rows: int = 32
 
+    def validate(self, names):
+        check_microbatches(self)
+
     def plan(self, ctx):
         config = start_config(ctx, self.start)
         return training_plan(config, self.loop, source_size(self.data), self.length or config.context)
@@ -221,14 +226,19 @@ def hold_out(arrays: SequenceBatch, rows: int) -> tuple[SequenceBatch, SequenceB
 
 def final_loss(model: Model, params, held: SequenceBatch, mesh: Mesh) -> float:
     """Nats per target token on held-out rows."""
-
-    def one(batch: SequenceBatch):
-        logprobs, _ = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
-        mask = batch.loss_mask[:, 1:]
-        return jnp.sum(jnp.where(mask, -logprobs, 0.0), axis=1), jnp.sum(mask, axis=1)
-
-    losses, tokens = in_chunks(jax.jit(one), held, chunk_rows(rows_of(held), mesh), mesh)
+    losses, tokens = in_chunks(
+        partial(row_losses, model, params), held, chunk_rows(rows_of(held), mesh), mesh
+    )
     return float(losses.sum() / tokens.sum())
+
+
+# Compiled once for all evaluations. Parameters are arguments: those of several hosts cannot be closed over.
+@partial(jax.jit, static_argnums=0)
+def row_losses(model: Model, params, batch: SequenceBatch) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and number of target tokens of each row, [B] each."""
+    logprobs, _ = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
+    mask = batch.loss_mask[:, 1:]
+    return jnp.sum(jnp.where(mask, -logprobs, 0.0), axis=1), jnp.sum(mask, axis=1)
 
 
 # --- 2. preferences -----------------------------------------------------------------------------------------
@@ -340,6 +350,7 @@ class RewardModel(Stage):
 
     def validate(self, names):
         check_one_of(self)
+        check_microbatches(self)
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
 
@@ -360,7 +371,8 @@ class RewardModel(Stage):
                 preference_arrays(r, loaded.tokenizer, self.max_length, self.too_long, ctx.console)
                 for r in (rows, held_rows)
             )
-            check_length(arrays.tokens.shape[2], loaded.model, "max_length")
+            check_length(max(a.tokens.shape[2] for a in (arrays, held)), loaded.model, "max_length")
+            check_ordered(held)
 
             model = Model(loaded.model.config, "scalar")
             params = with_scalar_head(loaded.params, jax.random.fold_in(key, 1))
@@ -392,17 +404,28 @@ def reference_moments(model: Model, params, arrays: PreferenceBatch, mesh: Mesh)
 
 
 def all_scores(model: Model, params, arrays: PreferenceBatch, mesh: Mesh) -> np.ndarray:
-    f = jax.jit(lambda batch: preference_scores(model, params, batch))
+    f = partial(jitted_scores, model, params)
     return in_chunks(f, arrays, chunk_rows(rows_of(arrays), mesh), mesh)
+
+
+jitted_scores = jax.jit(preference_scores, static_argnums=0)
+
+
+def ordered_pairs(arrays: PreferenceBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, better answer, worse answer) of every pair that is no tie."""
+    ranks = arrays.ranks
+    return np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
+
+
+def check_ordered(held: PreferenceBatch) -> None:
+    if not len(ordered_pairs(held)[0]):
+        raise UserError("the held-out preferences hold no ordered pair: every answer is tied")
 
 
 def reward_accuracy(model: Model, params, held: PreferenceBatch, mesh: Mesh) -> dict[str, float]:
     """Accuracy (ties left out, with a Wilson interval), margin and calibration on held-out pairs."""
     scores = all_scores(model, params, held, mesh)
-    ranks = held.ranks
-    n, i, j = np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
-    if not len(n):
-        raise UserError("the held-out preferences hold no ordered pair")
+    n, i, j = ordered_pairs(held)
     gap = (scores[n, i] - scores[n, j]).astype(np.float64)
     right = (gap > 0) + 0.5 * (gap == 0)
     low, high = wilson(right.sum(), len(right))
@@ -570,10 +593,15 @@ class DPO(Stage):
 
     def validate(self, names):
         check_one_of(self)
+        check_microbatches(self)
         if self.gold:
             program_reward(self.gold)
             if self.eval_prompts is None:
                 raise UserError("gold is measured on samples: give eval_prompts")
+        if self.eval_prompts is not None and self.sampling.filtered:
+            raise UserError(
+                "sampling: the KL to the start policy is measured on unfiltered samples; use temperature"
+            )
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
 
@@ -593,7 +621,7 @@ class DPO(Stage):
                 )
                 for r in (train_rows, held_rows)
             )
-            check_length(pairs.tokens.shape[2], model, "max_length")
+            check_length(max(p.tokens.shape[2] for p in (pairs, held)), model, "max_length")
             held = with_reference(model, policy.params, held, mesh)
             if self.algorithm.reference == "precomputed":
                 pairs = with_reference(model, policy.params, pairs, mesh)
@@ -632,14 +660,21 @@ class DPO(Stage):
 
 def with_reference(model: Model, ref_params, pairs: PairBatch, mesh: Mesh) -> PairBatch:
     """The pairs with the reference's log-probabilities, computed once."""
-    f = jax.jit(lambda batch: pair_logprobs(model, ref_params, batch))
-    return pairs._replace(ref_logprobs=in_chunks(f, pairs, chunk_rows(rows_of(pairs), mesh), mesh))
+    return pairs._replace(ref_logprobs=all_pair_logprobs(model, ref_params, pairs, mesh))
+
+
+def all_pair_logprobs(model: Model, params, pairs: PairBatch, mesh: Mesh) -> np.ndarray:
+    """Summed log-probabilities of both answers of all pairs, [N, 2]."""
+    f = partial(jitted_pair_logprobs, model, params)
+    return in_chunks(f, pairs, chunk_rows(rows_of(pairs), mesh), mesh)
+
+
+jitted_pair_logprobs = jax.jit(pair_logprobs, static_argnums=0)
 
 
 def implicit_accuracy(model: Model, params, held: PairBatch, mesh: Mesh) -> dict[str, float]:
     """Share of held-out pairs whose chosen answer has the larger log(pi / ref)."""
-    f = jax.jit(lambda batch: pair_logprobs(model, params, batch) - batch.ref_logprobs)
-    gain = in_chunks(f, held, chunk_rows(rows_of(held), mesh), mesh)
+    gain = all_pair_logprobs(model, params, held, mesh) - held.ref_logprobs
     right = float(np.sum(gain[:, 0] > gain[:, 1]))
     low, high = wilson(right, len(gain))
     return {
@@ -748,6 +783,7 @@ class Evaluate(Stage):
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
+        table = best_of_n_table(ctx.parents[self.best_of_n]) if self.best_of_n else None
         with jax.set_mesh(mesh):
             base = load_model(ctx.parents[self.policies[0]], mesh)
             limit = self.max_prompt or base.model.config.context - self.sampling.max_new_tokens
@@ -798,8 +834,8 @@ class Evaluate(Stage):
             "samples": self._samples(kept, prompts),
             "best_of_n": None,
         }
-        if self.best_of_n:
-            self._add_best_of_n(evaluation, ctx.parents[self.best_of_n], main, prompts)
+        if table is not None:
+            self._add_best_of_n(evaluation, table, main, prompts)
         write_text(ctx.folder / "evaluation.json", json.dumps(evaluation, allow_nan=False))
         return {
             name: {
@@ -848,8 +884,7 @@ class Evaluate(Stage):
             out.append({"prompt": prompts[i], "answers": answers})
         return out
 
-    def _add_best_of_n(self, evaluation: dict, folder: Path, main: str, prompts: list[str]) -> None:
-        table = json.loads((folder / "best_of_n.json").read_text(encoding="utf-8"))
+    def _add_best_of_n(self, evaluation: dict, table: dict, main: str, prompts: list[str]) -> None:
         curves = table["per_prompt"]
         mean = lambda name: [float(np.mean(curves[name][str(n)])) for n in table["n"]]  # noqa: E731
         error = [
@@ -870,6 +905,13 @@ class Evaluate(Stage):
             evaluation["policies"][f"best_of_{n}"] = {"splits": {main: split}, "kl_exact": best_of_n_kl(n)}
 
 
+def best_of_n_table(folder: Path) -> dict:
+    path = folder / "best_of_n.json"
+    if not path.exists():
+        raise UserError(f"{folder}: this stage has no best_of_n.json; name a BestOfN stage")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 # --- shared by the stages ------------------------------------------------------------------------------------
 
 
@@ -878,6 +920,12 @@ def check_reward(name: str, names: tuple[str, ...]) -> None:
         raise UserError(
             f"reward {name!r} is neither a stage nor a known reward.{did_you_mean(name, [*names, *REWARDS])}"
         )
+
+
+def check_microbatches(stage) -> None:
+    rows, parts = stage.loop.batch_size, stage.algorithm.microbatches
+    if parts < 1 or rows % parts:
+        raise UserError(f"loop.batch_size {rows} is not divisible by algorithm.microbatches {parts}")
 
 
 def check_length(length: int, model: Model, field_name: str) -> None:
@@ -897,12 +945,6 @@ def usable_prompts(loaded: Loaded, source: Source, limit: int, sampling: Samplin
     return prompt_ids(source, loaded.tokenizer, limit, too_long, ctx.console)
 
 
-def chunk_rows(rows: int, mesh: Mesh, most: int = 256) -> int:
-    """Rows of an evaluation batch: at most `most`, a multiple of the mesh's batch shards."""
-    ways = batch_ways(mesh)
-    return -(-min(rows, most) // ways) * ways
-
-
 def source_size(source: Source | None) -> int:
     """Rows of a source as far as its config says (a size, a limit); 0 when only reading it would tell."""
     for name in ("size", "documents", "max_rows"):
@@ -918,6 +960,8 @@ def start_config(ctx: StageContext, name: str) -> ModelConfig:
         return replace(stage.model, vocab_size=stage.model.vocab_size or stage.tokenizer.vocab_size)
     if isinstance(stage, Checkpoint):
         return stage.config()
+    if not hasattr(stage, "start"):
+        raise UserError(f"stages.{ctx.name}: a model is expected of {name!r}, a {type(stage).__name__} stage")
     return start_config(ctx, stage.start)
 
 
@@ -937,5 +981,10 @@ def preference_plan(stage, ctx: StageContext) -> Plan:
     rows, answers = source_size(stage.data), 2
     if stage.preferences:
         parent = ctx.stages[stage.preferences]
+        if not isinstance(parent, Preferences):
+            raise UserError(
+                f"stages.{ctx.name}: preferences are expected of {stage.preferences!r}, "
+                f"a {type(parent).__name__} stage"
+            )
         rows, answers = source_size(parent.prompts), parent.responses
     return training_plan(config, stage.loop, rows, stage.max_length or config.context, answers)

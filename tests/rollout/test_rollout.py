@@ -187,11 +187,10 @@ def test_new_values_do_not_recompile(params):
     roll(params, sampling(1.0))
     roll(params, sampling(1.3, top_k=4, top_p=0.8, min_p=0.1))
     before = rollout._cache_size()
+    assert before >= 2  # which filters there are is static
     roll(params, sampling(0.3), key=jax.random.key(1))
     roll(params, sampling(0.9, top_k=9, top_p=0.5, min_p=0.2))
     assert rollout._cache_size() == before
-    roll(params, sampling(max_new_tokens=RESPONSE + 1))  # a static value: the count does count
-    assert rollout._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("name", MESHES)

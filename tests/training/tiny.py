@@ -37,9 +37,7 @@ experiment = Experiment(
         "pretrain": Pretrain(
             data=LarderText(documents=96),
             tokenizer=TokenizerConfig(model_type="word", vocab_size=128, texts=(LarderVocabulary(),)),
-            model=ModelConfig(
-                d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, context=40
-            ),
+            model=ModelConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, context=40),
             optim=adam,
             loop=loop(6, eval_every=3),
             eval_rows=8,
@@ -71,7 +69,7 @@ experiment = Experiment(
             sampling=answers,
             optim=adam,
             critic_optim=adam,
-            loop=loop(5, eval_every=2),
+            loop=loop(5, eval_every=3),
         ),
         "dpo": DPO(
             start="sft",

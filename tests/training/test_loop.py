@@ -1,0 +1,150 @@
+"""The loop itself: how long it runs, what it does with a loss that is not finite, and that it compiles once."""
+
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from conftest import COMPILED, QUIET, folders, trained
+from helpers import assert_close
+
+from jrlhf.checkpoint import load_params
+from jrlhf.config import UserError
+from jrlhf.data.batching import Batches
+from jrlhf.metrics import read_metrics
+from jrlhf.optim import OptimConfig
+from jrlhf.training.data import BatchFeed, demonstration_batch
+from jrlhf.training.loop import LoopConfig, guarded, is_finite
+from jrlhf.training.serve import load_any
+from jrlhf.training.stages import hold_out
+from jrlhf.types import TrainState
+
+EXPLODING = OptimConfig(lr=1e30)
+
+
+# --- steps and epochs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "steps"),
+    [
+        (LoopConfig(steps=7), 1000, 7),
+        (LoopConfig(epochs=1, batch_size=32), 100, 3),
+        (LoopConfig(epochs=2.5, batch_size=32), 100, 7),
+        (LoopConfig(epochs=0.5, batch_size=32), 10, 1),  # at least one
+    ],
+)
+def test_total_steps(config, rows, steps):
+    assert config.total_steps(rows) == steps
+
+
+def test_any_step_can_be_the_first_of_a_feed():
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    arrays = {"x": np.arange(20)}
+    feed = BatchFeed(arrays, 4, 0, mesh)
+    try:
+        in_order = [np.asarray(feed(n)["x"]).tolist() for n in range(8)]
+        assert [np.asarray(feed(n)["x"]).tolist() for n in (6, 7, 2, 2)] == [
+            in_order[n] for n in (6, 7, 2, 2)
+        ]
+    finally:
+        feed.close()
+    assert sorted(itertools.chain(*in_order[:5])) == list(range(20))  # an epoch has every row once
+
+
+# --- a loss that is not finite ------------------------------------------------------------------------------
+
+
+def test_an_exploding_run_stops_and_leaves_the_batch(train, one_device_run, one_device_runs):
+    sft = replace(tiny.experiment.stages["sft"], optim=EXPLODING)
+    with pytest.raises(UserError) as error:
+        train(explodes=sft)
+    message = str(error.value)
+    step = int(message.split(":")[0].removeprefix("step "))
+    assert step > 1  # the first loss is that of sound parameters
+    assert "on_nonfinite" in message
+    (file,) = one_device_runs.glob(f"stages/sft-*/nonfinite_step_{step}.npz")
+    assert str(file) in message
+    assert f"the last checkpoint is of step {2 if step > 2 else 0}." in message
+    rows = read_metrics(file.parent)
+    assert rows[-1]["step"] == step  # the bad step is on record
+    assert not np.isfinite([rows[-1]["train/loss"], rows[-1]["train/grad_norm"]]).all()
+    with np.load(file, allow_pickle=False) as batch:
+        assert set(batch) == {"tokens", "segment_ids", "positions", "loss_mask"}
+        assert {name: batch[name].shape for name in batch} == dict.fromkeys(batch, (8, 40))
+        assert batch["loss_mask"].dtype == bool
+        data = demonstration_batch(
+            sft.data, load_any(folders(one_device_run)["sft"]).tokenizer, 40, "error", QUIET
+        )
+        kept, _ = hold_out(data, sft.eval_rows)
+        index = Batches(len(kept.tokens), 8, 0).indices(step - 1)
+        np.testing.assert_array_equal(batch["tokens"], kept.tokens[index])
+
+
+def test_an_exploding_ppo_run_stops_too(train, one_device_runs):
+    ppo = replace(tiny.experiment.stages["ppo"], optim=EXPLODING, eval_prompts=None)
+    with pytest.raises(UserError, match=r"step \d: .*(loss|norm) is (nan|inf)"):
+        train(explodes=ppo)
+    (file,) = one_device_runs.glob("stages/ppo-*/nonfinite_step_*.npz")
+    with np.load(file, allow_pickle=False) as batch:
+        assert {"tokens", "logprobs", "advantages", "metrics/kl/ref_k1"} <= set(batch)
+
+
+def test_skipping_goes_on_with_the_last_sound_parameters(train):
+    loop = replace(tiny.loop(5), on_nonfinite="skip")
+    folder = train(skips=replace(tiny.experiment.stages["sft"], optim=EXPLODING, loop=loop))["skips"]
+    skipped = [row["train/skipped"] for row in trained(folder)]
+    assert len(skipped) == 5
+    assert skipped[0] == 0
+    assert skipped[-1] == 1
+    params, _ = load_params(folder / "model")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_a_skipped_step_leaves_parameters_and_optimiser_as_they_were():
+    def step(state, batch):
+        new = jax.tree.map(lambda p: p - batch, state.params)
+        return state._replace(step=state.step + 1, params=new, opt_state=state.opt_state + 1), {
+            "train/loss": batch,
+            "train/grad_norm": jnp.float32(1.0),
+            "policy/ratio_max": jnp.float32(jnp.inf),
+        }
+
+    state = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, jnp.float32(0.0), None, jax.random.key(0))
+    stop = LoopConfig(steps=1)
+    assert guarded(step, stop) is step
+    safe = guarded(step, replace(stop, on_nonfinite="skip"))
+    state, metrics = safe(state, jnp.float32(0.25))
+    assert metrics["train/skipped"] == 0  # an infinite ratio is no loss
+    assert_close(state.params, {"w": jnp.full(3, 0.75)})
+    for bad in (jnp.nan, jnp.inf):
+        after, metrics = safe(state, jnp.float32(bad))
+        assert metrics["train/skipped"] == 1
+        assert_close(after.params, state.params, atol=0)
+        assert after.opt_state == state.opt_state == 1
+        assert after.step == state.step + 1  # the data go on
+
+
+@pytest.mark.parametrize("name", ["train/loss", "policy/grad_norm", "value/loss"])
+def test_what_counts_as_not_finite(name):
+    sound = {"train/loss": jnp.float32(1.0), "kl/ref_k1": jnp.float32(jnp.nan)}
+    assert is_finite(sound)
+    assert not is_finite(sound | {name: jnp.float32(jnp.nan)})
+
+
+# --- compilation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward-model", "ppo", "dpo"])
+def test_nothing_is_compiled_after_the_first_steps_and_the_first_evaluation(one_device_run, kind):
+    """From the third step on (metrics of a step are written while the next one runs) and after the first
+    evaluation, the number of compiled programs stands still."""
+    lines = [(step, count) for name, step, count in COMPILED if name == kind]
+    evaluations = [i for i, (a, b) in enumerate(itertools.pairwise(lines), 1) if a[0] == b[0]]
+    first = evaluations[0]
+    assert lines[1][1] == lines[first - 1][1]
+    if len(evaluations) > 1:
+        assert lines[first][1] == lines[-1][1]
