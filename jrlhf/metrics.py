@@ -32,9 +32,7 @@ NAMES: dict[str, Name] = {
     "train/grad_norm": Name("", "global norm of the gradient before clipping"),
     "train/lr": Name("", "learning rate of this step"),
     "train/tokens": Name("tokens", "tokens of this step that carry loss"),
-    "train/tokens_seen": Name("tokens", "tokens that carried loss since the stage began"),
-    "train/epoch": Name("epochs", "passes over the data set, with the fraction of the present one"),
-    "train/skipped": Name("steps", "updates skipped since the stage began: the gradient was not finite"),
+    "train/skipped": Name("", "1 where this step's update was left out: its loss was not finite"),
     "reward/total/mean": Name(
         "reward", "per response what the algorithm maximises, a KL penalty included: mean"
     ),
@@ -43,7 +41,6 @@ NAMES: dict[str, Name] = {
     "reward/<name>/std": Name("reward", "standard deviation of the same over the batch"),
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
     "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
-    "reward/frac_zero_std_groups": Name("fraction", "groups whose rewards are all equal: no gradient"),
     "kl/ref_k1": Name("nats", "KL(policy || reference) per response, estimator k1 = -log r, summed"),
     "kl/ref_k3": Name("nats", "the same by k3 = r - 1 - log r: never negative, less noise"),
     "kl/coef": Name("", "coefficient of the KL penalty"),
@@ -68,7 +65,6 @@ NAMES: dict[str, Name] = {
     "rollout/eos_rate": Name("fraction", "responses that ended by a stop token"),
     "rollout/trunc_rate": Name("fraction", "responses cut off at the length limit"),
     "rollout/repeat_rate": Name("fraction", "four-token windows seen before in the same response"),
-    "rollout/staleness": Name("updates", "updates between the sampling policy and the trained one"),
     "mismatch/kl": Name("nats", "KL(sampler || trainer) per token, on the sampled tokens"),
     "mismatch/logp_diff_max": Name("nats", "largest |sampler - trainer| log-probability of a token"),
     "mismatch/ess": Name("fraction", "effective sample size of the responses' trainer / sampler weights"),
@@ -87,9 +83,8 @@ NAMES: dict[str, Name] = {
     "eval/*": Name("", "any other figure of an evaluation, named by the evaluation"),
     "perf/tokens_per_s_rollout": Name("tokens/s", "response tokens sampled per second, all devices"),
     "perf/tokens_per_s_train": Name("tokens/s", "tokens trained on per second, all devices"),
-    "perf/mfu": Name("fraction", "model FLOPs per second over the devices' peak"),
     "perf/hbm_peak": Name("bytes", "most device memory in use so far, of the fullest local device"),
-    "perf/compile_count": Name("", "compilations since the stage began; constant after warm-up"),
+    "perf/compile_count": Name("", "compilations since the run began; constant after warm-up"),
     "perf/pad_frac": Name("fraction", "positions of the batch that are padding"),
     "time/<phase>": Name("s", "wall-clock seconds of one phase of the step (rollout, reward, train, …)"),
 }

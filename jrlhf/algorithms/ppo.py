@@ -190,6 +190,7 @@ def make_ppo(
             "rollout/len_max": jnp.max(length),
             "rollout/eos_rate": jnp.mean(rollout.ended, dtype=jnp.float32),
             "rollout/trunc_rate": jnp.mean(~rollout.ended, dtype=jnp.float32),
+            "perf/pad_frac": 1.0 - jnp.mean(mask, dtype=jnp.float32),
             "mismatch/kl": masked_mean(-log_mismatch, response),
             "mismatch/logp_diff_max": jnp.max(jnp.abs(log_mismatch)),
             "mismatch/ess": jnp.square(jnp.sum(weight)) / jnp.sum(jnp.square(weight)) / weight.shape[0],
@@ -234,9 +235,11 @@ def make_ppo(
         policy, policy_opt, norm = policy_optimizer.apply(
             grads["policy"], opt_state["policy"], params["policy"]
         )
-        critic, critic_opt, _ = critic_optimizer.apply(grads["critic"], opt_state["critic"], params["critic"])
+        critic, critic_opt, critic_norm = critic_optimizer.apply(
+            grads["critic"], opt_state["critic"], params["critic"]
+        )
         carry = ({"policy": policy, "critic": critic}, {"policy": policy_opt, "critic": critic_opt})
-        return carry, sums | {"policy/grad_norm": norm}, maxima
+        return carry, sums | {"policy/grad_norm": norm, "value/grad_norm": critic_norm}, maxima
 
     def train_step(state: TrainState, batch: PPOBatch):
         rows = batch._replace(metrics=None)
@@ -264,7 +267,9 @@ def make_ppo(
         ((params, opt_state), sums, maxima, done, _), _ = jax.lax.scan(step, start, order)
         metrics = jax.tree.map(lambda x: x / done, sums) | maxima | batch.metrics
         metrics["policy/updates"] = done
-        metrics["policy/lr"] = policy_optimizer.learning_rate(state.step * config.epochs * config.minibatches)
+        updates = state.step * config.epochs * config.minibatches
+        metrics["policy/lr"] = policy_optimizer.learning_rate(updates)
+        metrics["value/lr"] = critic_optimizer.learning_rate(updates)
         kl_coef = state.extra["kl_coef"]
         if config.target_kl:
             kl_coef = adapted_kl_coef(config, kl_coef, metrics["kl/ref_k1"], size)

@@ -45,6 +45,7 @@ def make_sft(config: SFTConfig, model: Model, optimizer: Optimizer) -> Algorithm
             "train/grad_norm": grad_norm,
             "train/lr": optimizer.learning_rate(state.step),
             "train/tokens": tokens,
+            "perf/pad_frac": jnp.mean(batch.segment_ids == 0, dtype=jnp.float32),
         }
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

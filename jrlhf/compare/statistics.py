@@ -118,7 +118,7 @@ def _interval(means: np.ndarray, confidence: float) -> Interval:  # means [S, P]
     value = float(means.mean())
     if means.size == 1:
         return Interval(value, float("nan"), float("nan"))
-    if np.ptp(means) == 0:
+    if np.ptp(means) <= 1e-9 * max(1.0, abs(value)):  # all equal, up to rounding
         return Interval(value, value, value)
     return _crossed(means, confidence) if len(means) > 1 else _bootstrap(means[0], confidence)
 

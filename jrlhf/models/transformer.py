@@ -186,7 +186,8 @@ class Model:
 
     def decode_params(self, params: Params) -> Params:
         """Parameters as decoding wants them: layers as a list, in the compute dtype. Once per rollout."""
-        cast = jax.tree.map(lambda x: x.astype(self.config.dtype), params["layers"])
+        # Norm scales ([L, D]) stay float32 as in training: rounding them would make the sampler another policy.
+        cast = jax.tree.map(lambda x: x.astype(self.config.dtype) if x.ndim > 2 else x, params["layers"])
         layers = [jax.tree.map(lambda x, i=i: x[i], cast) for i in range(self.config.n_layers)]
         return params | {"layers": layers}
 

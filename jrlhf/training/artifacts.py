@@ -37,17 +37,23 @@ def has_model(folder: Path) -> bool:
     return (folder / "model" / "model.json").is_file()
 
 
-def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Loaded:
-    """The model of a stage folder. A reward model's normalisation is folded into its head.
-
-    `changes` replace numerics of the saved config that do not touch parameters (remat, attention, dtype).
-    """
+def model_meta(folder: Path, head: str = "lm") -> dict[str, Any]:
+    """What `save_model` noted about a stage's model; UserError when there is none, or one of the other kind."""
     if not has_model(folder):
         raise UserError(f"{folder}: this stage has no model (it may not be finished)")
     meta = load_meta(folder / "model")
     if meta["head"] != head:
         kinds = {"lm": "a language model", "scalar": "a reward model"}
         raise UserError(f"{folder}: expected {kinds[head]}, but the stage holds {kinds[meta['head']]}")
+    return meta
+
+
+def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Loaded:
+    """The model of a stage folder. A reward model's normalisation is folded into its head.
+
+    `changes` replace numerics of the saved config that do not touch parameters (remat, attention, dtype).
+    """
+    meta = model_meta(folder, head)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint() != meta["tokenizer"]:
         raise UserError(

@@ -136,17 +136,20 @@ def train(
     logger = MetricLogger(ctx.folder, resume_step=start if restored is not None else None)
     pending: tuple | None = None
     last: dict = {}
+    clock = time.perf_counter()
 
     def flush() -> None:
-        nonlocal pending, last
+        nonlocal pending, last, clock
         if pending is None:
             return
-        step, metrics, batch, began = pending
+        step, metrics, batch = pending
         pending = None
         values = jax.device_get(metrics)
         last = {k: float(v) for k, v in values.items()}
         bad = [k for k, v in last.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]
-        logger.log(step, last | {"time/step": time.perf_counter() - began})
+        now = time.perf_counter()
+        logger.log(step, last | performance(last, now - clock))
+        clock = now
         if bad and config.on_nonfinite == "stop":
             path = save_batch(ctx.folder / f"nonfinite_step_{step}.npz", batch)
             raise UserError(
@@ -157,10 +160,9 @@ def train(
     try:
         with progress(ctx.console, steps, ctx.name, start) as bar:
             for step in range(start, steps):
-                began = time.perf_counter()
                 state, metrics, batch = do_step(state, step)
                 flush()
-                pending = (step + 1, metrics, batch, began)
+                pending = (step + 1, metrics, batch)
                 bar.update(step, {k: last[k] for k in show if k in last})
                 done = step + 1
                 evaluating = evaluate is not None and (
@@ -183,6 +185,31 @@ def train(
         checkpointer.close()
         logger.close()
     return state
+
+
+def performance(metrics: dict, seconds: float) -> dict:
+    """Of one step: its time, tokens per second, compilations so far, and device memory where the backend tells."""
+    found = {"time/step": seconds, "perf/compile_count": COMPILATIONS.count}
+    if "train/tokens" in metrics:
+        found["perf/tokens_per_s_train"] = metrics["train/tokens"] / seconds
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+    if max(peaks):
+        found["perf/hbm_peak"] = max(peaks)
+    return found
+
+
+class _Compilations:
+    """How often this process has compiled something; it must stand still after warm-up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        self.count += event.endswith("backend_compile_duration")
+
+
+COMPILATIONS = _Compilations()
 
 
 def save_batch(path: Path, batch: Any) -> Path:

@@ -48,7 +48,7 @@ from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import leads, make_mesh, state_shardings
-from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, save_model
+from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, model_meta, save_model
 from jrlhf.training.data import (
     demonstration_batch,
     in_chunks,
@@ -783,7 +783,12 @@ class Evaluate(Stage):
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
+        # Mistakes first: the policies are sampled one after the other, which takes long.
         table = best_of_n_table(ctx.parents[self.best_of_n]) if self.best_of_n else None
+        tokenizers = {name: model_meta(ctx.parents[name])["tokenizer"] for name in self.policies}
+        for name in self.policies:
+            if tokenizers[name] != tokenizers[self.policies[0]]:
+                raise UserError(f"policies: {name} and {self.policies[0]} have different tokenizers")
         with jax.set_mesh(mesh):
             base = load_model(ctx.parents[self.policies[0]], mesh)
             limit = self.max_prompt or base.model.config.context - self.sampling.max_new_tokens
@@ -800,8 +805,6 @@ class Evaluate(Stage):
             with progress(ctx.console, total, f"{ctx.name}: sampling") as bar:
                 for name in self.policies:
                     policy = load_model(ctx.parents[name], mesh)
-                    if policy.tokenizer.fingerprint() != base.tokenizer.fingerprint():
-                        raise UserError(f"policies: {name} and {self.policies[0]} have different tokenizers")
                     sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, slots)
                     measured[name], criteria[name] = {"splits": {}}, {}
                     for i, (split, (rows, ids)) in enumerate(splits.items()):
@@ -961,7 +964,7 @@ def start_config(ctx: StageContext, name: str) -> ModelConfig:
     if isinstance(stage, Checkpoint):
         return stage.config()
     if not hasattr(stage, "start"):
-        raise UserError(f"stages.{ctx.name}: a model is expected of {name!r}, a {type(stage).__name__} stage")
+        raise UserError(f"stages.{ctx.name}: no model comes from {name!r} ({type(stage).__name__})")
     return start_config(ctx, stage.start)
 
 
@@ -983,8 +986,7 @@ def preference_plan(stage, ctx: StageContext) -> Plan:
         parent = ctx.stages[stage.preferences]
         if not isinstance(parent, Preferences):
             raise UserError(
-                f"stages.{ctx.name}: preferences are expected of {stage.preferences!r}, "
-                f"a {type(parent).__name__} stage"
+                f"stages.{ctx.name}: no preferences come from {stage.preferences!r} ({type(parent).__name__})"
             )
         rows, answers = source_size(parent.prompts), parent.responses
     return training_plan(config, stage.loop, rows, stage.max_length or config.context, answers)

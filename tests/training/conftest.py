@@ -16,7 +16,7 @@ import tiny
 
 from jrlhf.config import MeshConfig
 from jrlhf.experiment import run, stage_folders
-from jrlhf.metrics import MetricLogger, read_metrics
+from jrlhf.metrics import read_metrics
 from jrlhf.sharding import make_mesh
 from jrlhf.training import stages
 
@@ -78,26 +78,10 @@ def one_device_runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("one") / "runs"
 
 
-COMPILED: list[tuple[str, int, int]] = []
-"""(kind of stage, step, programs compiled until then) at each line of metrics of `one_device_run`."""
-
-
 @pytest.fixture(scope="session")
 def one_device_run(one_device_runs) -> Path:
     """The run folder of the experiment's training stages on one device."""
-    programs, log = [], MetricLogger.log
-
-    def count(event: str, seconds: float, **more) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            programs.append(event)
-
-    def log_and_count(self, step, values, always=False):
-        log(self, step, values, always)
-        COMPILED.append((Path(self._file.name).parent.name.rpartition("-")[0], step, len(programs)))
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    with quick_compilation(), one_device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MetricLogger, "log", log_and_count)
+    with quick_compilation(), one_device():
         kept = only("pretrain", "sft", "preferences", "reward_model", "ppo", "dpo")
         return run(kept, one_device_runs, console=QUIET)
 

@@ -23,7 +23,7 @@ from jrlhf.training.data import in_eval_share, pair_arrays, split_by_prompt
 from jrlhf.training.evaluation import Sampler, score
 from jrlhf.training.labelers import RewardLabeler
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import REWARDS, Texts, make_reward, read_texts, repeat_rate
+from jrlhf.training.rewards import REWARDS, make_reward, read_texts, repeat_rate
 from jrlhf.training.stages import ordered_pairs, wilson
 from jrlhf.types import PreferenceBatch, Rollout
 
@@ -124,18 +124,6 @@ def test_ppo_with_a_shared_trunk_pretraining_text_and_a_temperature(train, one_d
     assert meta["head"] == "lm"
     assert "score" not in params
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-
-
-def test_a_policy_with_its_own_critic_does_not_feel_the_weight_of_the_value_loss(train):
-    """But for clipping: two optimisers, two sets of parameters. A shared trunk would."""
-    ppo = replace(PPO, eval_prompts=None, gold="", loop=tiny.loop(1))
-    weights = {
-        f"weight{i}": replace(ppo, algorithm=replace(PPO.algorithm, value_coef=c))
-        for i, c in enumerate((0.1, 0.2))
-    }
-    left = train(**weights)
-    a, b = (load_params(left[name] / "model")[0] for name in weights)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
 
 
 # --- DPO ----------------------------------------------------------------------------------------------------
@@ -248,9 +236,7 @@ def test_texts_hold_what_was_sampled_and_whether_it_ended(one_device_run, mesh):
     prompt = [1, *tokenizer.encode("describe tea :")]
     tokens = np.asarray([[*prompt, *words, end, pad], [*prompt, *words, *words[:2]]])
     response = np.asarray([[True] * 5 + [False], [True] * 6])
-    rollout = Rollout(
-        tokens, tokens != pad, response, np.zeros_like(response, np.float32), response[:, -1] == False
-    )  # noqa: E712
+    rollout = Rollout(tokens, tokens != pad, response, np.zeros_like(response, np.float32), ~response[:, -1])
     rows = [{"prompt": "describe tea :", "answer": "x"}] * 2
     texts = read_texts(rollout, rows, tokenizer)
     assert texts.completions == ["tea is bitter .", "tea is bitter . tea is"]
@@ -287,7 +273,3 @@ def test_a_reward_labeller_is_told_which_answers_ended():
     assert labels[0]["ranks"] == [1, 2]
     gold = REWARDS["larder_gold"](["describe tea :"] * 2, ["tea is bitter ."] * 2, [{}, {"ended": False}])
     np.testing.assert_allclose(labels[0]["scores"], gold, atol=1e-6)
-
-
-def test_texts_are_a_plain_record():
-    assert Texts._fields == ("prompts", "completions", "rows", "ids")
