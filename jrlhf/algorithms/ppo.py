@@ -140,7 +140,10 @@ def make_ppo(
 
         # 1. Old log-probabilities and values, by the same function that is trained: the first ratio is exactly 1.
         parts = config.minibatches * config.microbatches
-        parts = parts if tokens.shape[0] % parts == 0 else 1
+        if tokens.shape[0] % parts:
+            raise ValueError(
+                f"{tokens.shape[0]} rows do not divide into minibatches x microbatches = {parts}"
+            )
         logprobs, entropy, values = map_rows(
             lambda rows: models.forward(state.params, *rows, start, temperature), (tokens, mask), parts
         )
@@ -156,6 +159,7 @@ def make_ppo(
         # 4. Per-token reward: -beta * (log pi - log ref), plus the score at the end. No gradient goes through it.
         kl = kl_k1(logprobs, ref_logprobs) * response.astype(jnp.float32)
         rewards = at_last * final[:, None] - kl_coef * kl
+        total = jnp.sum(rewards, axis=1)
         # 5. Whitened rewards keep their mean: shifting it would pay for length.
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, response, shift_mean=False)
@@ -171,8 +175,8 @@ def make_ppo(
         weight = jnp.exp(jnp.sum(log_mismatch, axis=1))
         length = jnp.sum(response, axis=1, dtype=jnp.float32)
         metrics = {
-            "reward/total/mean": jnp.mean(jnp.sum(rewards, axis=1)),
-            "reward/total/std": jnp.std(jnp.sum(rewards, axis=1)),
+            "reward/total/mean": jnp.mean(total),
+            "reward/total/std": jnp.std(total),
             "reward/score/mean": jnp.mean(scores),
             "reward/score/std": jnp.std(scores),
             "reward/length_corr": _correlation(length, scores),

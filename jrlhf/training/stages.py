@@ -386,6 +386,9 @@ class RewardModel(Stage):
             params = state.params["policy"]
             mean, std = reference_moments(model, params, arrays, mesh)
             accuracy = reward_accuracy(model, params, held, mesh)
+            by_criterion = {}
+            if rows_of(held) == len(held_rows):  # none was dropped for its length
+                by_criterion = criteria_accuracy(all_scores(model, params, held, mesh), held_rows)
             save_model(ctx.folder, model, params, loaded.tokenizer, normalization={"mean": mean, "std": std})
         return {
             "held_out_accuracy": accuracy["eval/rm_acc/mean"],
@@ -393,6 +396,7 @@ class RewardModel(Stage):
             "held_out_accuracy_high": accuracy["eval/rm_acc/ci_high"],
             "held_out_ece": accuracy["rm/ece"],
             "held_out_pairs": accuracy["eval/rm_pairs"],
+            "held_out_accuracy_against": by_criterion,
             "normalization": {"mean": mean, "std": std},
         }
 
@@ -440,6 +444,21 @@ def reward_accuracy(model: Model, params, held: PreferenceBatch, mesh: Mesh) -> 
         "eval/rm_margin/mean": float(gap.mean()),
         "eval/rm_pairs": len(gap),
     }
+
+
+def criteria_accuracy(scores: np.ndarray, rows: list[dict]) -> dict[str, float]:
+    """How often scores order two answers of a prompt as each criterion that the rows carry does.
+
+    scores: [N, K] in the order of `rows` (at most their answers). Pairs that a criterion ties are left out.
+    """
+    right: dict[str, list[float]] = {}
+    for row, values in zip(rows, scores, strict=True):
+        for name, criterion in row.get("criteria", {}).items():
+            c = np.asarray(criterion, np.float64)
+            i, j = np.triu_indices(len(c), 1)
+            gap, wanted = values[i] - values[j], np.sign(c[i] - c[j])
+            right.setdefault(name, []).extend((0.5 + 0.5 * np.sign(gap) * wanted)[wanted != 0].tolist())
+    return {name: float(np.mean(v)) for name, v in right.items() if v}
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -615,12 +634,11 @@ class DPO(Stage):
             policy = load_model(ctx.parents[self.start], mesh)
             model, tokenizer = policy.model, policy.tokenizer
             train_rows, held_rows = split_by_prompt(preference_rows(self, ctx), self.eval_fraction)
-            pairs, held = (
-                pair_arrays(
-                    preference_arrays(r, tokenizer, self.max_length, self.too_long, ctx.console), self.pairs
-                )
+            ranked, answers = (
+                preference_arrays(r, tokenizer, self.max_length, self.too_long, ctx.console)
                 for r in (train_rows, held_rows)
             )
+            pairs, held = pair_arrays(ranked, self.pairs), pair_arrays(answers, self.pairs)
             check_length(max(p.tokens.shape[2] for p in (pairs, held)), model, "max_length")
             held = with_reference(model, policy.params, held, mesh)
             if self.algorithm.reference == "precomputed":
@@ -650,12 +668,26 @@ class DPO(Stage):
                 pairs, evaluate, ("pref/loss", "pref/acc"),
             )  # fmt: skip
             save_model(ctx.folder, model, state.params["policy"], tokenizer)
-            accuracy = implicit_accuracy(model, state.params["policy"], held, mesh)
+            params = state.params["policy"]
+            accuracy = implicit_accuracy(model, params, held, mesh)
+            by_criterion = {}
+            if rows_of(answers) == len(held_rows):
+                gain = answer_logprobs(model, params, answers, mesh) - answer_logprobs(
+                    model, policy.params, answers, mesh
+                )
+                by_criterion = criteria_accuracy(gain, held_rows)
         return {
             "implicit_accuracy": accuracy["eval/pref_acc/mean"],
             "implicit_accuracy_low": accuracy["eval/pref_acc/ci_low"],
             "implicit_accuracy_high": accuracy["eval/pref_acc/ci_high"],
+            "implicit_accuracy_against": by_criterion,
         }
+
+
+def answer_logprobs(model: Model, params, answers: PreferenceBatch, mesh: Mesh) -> np.ndarray:
+    """Summed log-probability of every answer, [N, K]."""
+    f = jax.jit(lambda params, batch: pair_logprobs(model, params, batch))
+    return in_chunks(partial(f, params), answers, chunk_rows(rows_of(answers), mesh), mesh)
 
 
 def with_reference(model: Model, ref_params, pairs: PairBatch, mesh: Mesh) -> PairBatch:
