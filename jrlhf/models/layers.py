@@ -47,6 +47,14 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+def gathered(w: jax.Array, dtype: Any, *axes: str) -> jax.Array:
+    """A weight as a matrix product uses it: in the compute dtype, whole along the axis that fsdp splits.
+
+    Without this the partitioner may rather split the activations, and reshard them at every layer.
+    """
+    return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
 class RMSNorm(nn.Module):
     eps: float
 
@@ -91,9 +99,9 @@ class Attention(nn.Module):
         wk = self.param("k", logical(fan_in((0,)), "embed", "kv_heads", "head_dim"), (d, k, h), jnp.float32)
         wv = self.param("v", logical(fan_in((0,)), "embed", "kv_heads", "head_dim"), (d, k, h), jnp.float32)
         wo = self.param("o", logical(fan_in((0, 1)), "heads", "head_dim", "embed"), (n, h, d), jnp.float32)
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, wq.astype(dtype))
-        key = jnp.einsum("BTD,DKH->BTKH", x_BTD, wk.astype(dtype))
-        value = jnp.einsum("BTD,DKH->BTKH", x_BTD, wv.astype(dtype))
+        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(wq, dtype, "embed", "heads", "head_dim"))
+        key = jnp.einsum("BTD,DKH->BTKH", x_BTD, gathered(wk, dtype, "embed", "kv_heads", "head_dim"))
+        value = jnp.einsum("BTD,DKH->BTKH", x_BTD, gathered(wv, dtype, "embed", "kv_heads", "head_dim"))
         q = rope(q, positions_BT, c.rope_theta)
         key = rope(key, positions_BT, c.rope_theta)
         if cache is None:
@@ -113,7 +121,7 @@ class Attention(nn.Module):
                 ),
             )
             out = attend(q, cache, mask_BTS)
-        return jnp.einsum("BTNH,NHD->BTD", out, wo.astype(dtype)), cache
+        return jnp.einsum("BTNH,NHD->BTD", out, gathered(wo, dtype, "heads", "head_dim", "embed")), cache
 
 
 class MLP(nn.Module):
@@ -127,8 +135,10 @@ class MLP(nn.Module):
         gate = self.param("gate", logical(fan_in((0,)), "embed", "mlp"), (c.d_model, c.d_ff), jnp.float32)
         up = self.param("up", logical(fan_in((0,)), "embed", "mlp"), (c.d_model, c.d_ff), jnp.float32)
         down = self.param("down", logical(fan_in((0,)), "mlp", "embed"), (c.d_ff, c.d_model), jnp.float32)
-        h_BTF = jax.nn.silu(x_BTD @ gate.astype(dtype)) * (x_BTD @ up.astype(dtype))
-        return constrain(h_BTF, "batch", "length", "mlp") @ down.astype(dtype)
+        h_BTF = jax.nn.silu(x_BTD @ gathered(gate, dtype, "embed", "mlp")) * (
+            x_BTD @ gathered(up, dtype, "embed", "mlp")
+        )
+        return constrain(h_BTF, "batch", "length", "mlp") @ gathered(down, dtype, "mlp", "embed")
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jrlhf.models.config import ModelConfig
-from jrlhf.models.layers import Block, LayerCache, RMSNorm, fan_in, logical
+from jrlhf.models.layers import Block, LayerCache, RMSNorm, fan_in, gathered, logical
 from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy
 from jrlhf.ops.masking import positions_from_mask
 from jrlhf.sharding import constrain, path_names
@@ -67,7 +67,8 @@ class Embed(nn.Module):
         init = logical(nn.initializers.normal(0.02), "vocab", "embed")
         table_VD = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
         # Without the constraint the gather's result loses its split over the batch.
-        return constrain(table_VD.astype(c.dtype)[tokens_BT], "batch", "length", "act_embed")
+        table_VD = gathered(table_VD, c.dtype, "vocab", "embed")
+        return constrain(table_VD[tokens_BT], "batch", "length", "act_embed")
 
 
 class UntiedHead(nn.Module):
@@ -145,8 +146,8 @@ class Model:
     def lm_kernel(self, params: Params) -> jax.Array:
         """[D, V] float32: the head that makes logits of hidden states."""
         if self.config.tie_embeddings:
-            return params["embed"]["embedding"].T
-        return params["lm_head"]["kernel"]
+            return gathered(params["embed"]["embedding"], jnp.float32, "vocab", "embed").T
+        return gathered(params["lm_head"]["kernel"], jnp.float32, "embed", "vocab")
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32. For a few positions (a decode step, a test): training uses `logprobs`."""

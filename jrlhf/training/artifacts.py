@@ -1,6 +1,7 @@
 """A finished stage's model on disk: parameters, how to read them, and the tokenizer."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Lo
         )
     config = replace(from_dict(ModelConfig, meta["model"], f"{folder}/model"), **changes)
     model = Model(config, head)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    shardings = state_shardings(mesh, abstract, model.logical_axes())
+    abstract, axes = shapes_and_axes(model)
+    shardings = state_shardings(mesh, abstract, axes)
     template = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
@@ -70,6 +71,12 @@ def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Lo
     if "normalization" in meta:
         params = fold_normalization(params, meta["normalization"]["mean"], meta["normalization"]["std"])
     return Loaded(model, params, tokenizer, meta)
+
+
+@cache
+def shapes_and_axes(model: Model) -> tuple[Params, dict]:
+    """Abstract parameters and their logical axes; kept, because each takes a trace of the model."""
+    return jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,18 +15,22 @@ from jrlhf.algorithms.dpo import PairBatch
 from jrlhf.config import Source, UserError
 from jrlhf.data.batching import (
     Batches,
+    Example,
+    StreamBatches,
     encode_demonstration,
     encode_preference,
     encode_prompt,
     encode_rows,
     pack,
     pack_texts,
+    pad_batch,
     prefetch,
     stack_preferences,
 )
-from jrlhf.data.sources import check_row, load
+from jrlhf.data.report import Report
+from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.sharding import fetch, take_batch
+from jrlhf.sharding import fetch, put_batch, take_batch
 from jrlhf.types import PreferenceBatch, SequenceBatch
 
 
@@ -156,6 +161,77 @@ class BatchFeed:
     def close(self) -> None:
         if isinstance(self._feed, prefetch):
             self._feed.close()
+
+
+@dataclass(frozen=True)
+class Later(DataSource):
+    """A source without its first rows (which something else uses)."""
+
+    source: Source
+    skip: int
+
+    def read(self, report: Report, start: int = 0) -> Iterator[dict]:
+        return read(self.source, report, self.skip + start)
+
+
+class StreamFeed:
+    """Batches of rows from a source that is read as it goes. `position` is where the last batch given ended."""
+
+    def __init__(
+        self,
+        source: Source,
+        encode: Callable,
+        batch_size: int,
+        length: int,
+        seed: int,
+        mesh: Mesh,
+        pad_id: int,
+    ):
+        self._stream = StreamBatches(source, batch_size, seed)
+        self._encode, self._length, self._mesh, self._pad_id = encode, length, mesh, pad_id
+        self.position = self._stream.state()
+        self._feed: prefetch | None = None
+
+    def restore(self, position: dict) -> None:
+        self.position = position
+        self._stream.restore(position)
+
+    def __call__(self, step: int) -> SequenceBatch:
+        if self._feed is None:
+            self._feed = prefetch(self._encoded(), lambda item: (put_batch(self._mesh, item[0]), item[1]))
+        batch, self.position = next(self._feed)
+        return batch
+
+    def _encoded(self) -> Iterator[tuple[SequenceBatch, dict]]:
+        for rows in self._stream:
+            examples = [self._encode(row) for row in rows]
+            yield one_per_row(examples, self._length, self._pad_id), self._stream.state()
+
+    def close(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+
+
+def one_per_row(examples: list[Example], length: int, pad_id: int) -> SequenceBatch:
+    """Examples padded on the right, one in each row (a stream is not packed: batches keep their number of rows)."""
+    padded = pad_batch(examples, length, "right", pad_id)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), padded["tokens"].shape)
+    return SequenceBatch(padded["tokens"], padded["mask"].astype(np.int32), positions, padded["loss_mask"])
+
+
+def encode_text(row: dict, tokenizer: Tokenizer, length: int) -> Example:
+    """A document of a stream: BOS + text + EOS, cut at `length`; every token but the first is a target."""
+    row = check_row(row, "text", "stream")
+    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    ids = np.asarray([*bos, *tokenizer.encode(row["text"]), tokenizer.eos_ids[0]][:length], np.int32)
+    return Example(ids, np.arange(len(ids)) > 0)
+
+
+def encode_cut_demonstration(row: dict, tokenizer: Tokenizer, length: int) -> Example:
+    """A demonstration of a stream, cut at `length`; a prompt that fills it leaves a row without targets."""
+    row = check_row(row, "demonstration", "stream")
+    example = encode_demonstration(row, tokenizer, length, "truncate")
+    return example if example is not None else Example(np.zeros(1, np.int32), np.zeros(1, bool))
 
 
 def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:

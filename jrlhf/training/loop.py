@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.checkpoint import Checkpointer
-from jrlhf.config import STOP, Preempted, StageContext, UserError, no_fingerprint
+from jrlhf.config import STOP, Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
 from jrlhf.sharding import fetch, leads, path_names, state_shardings
 from jrlhf.types import TrainState
@@ -34,6 +34,8 @@ class LoopConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss: stop, or leave out that update
     checkpoint_every: int = no_fingerprint(100)  # steps between checkpoints; 0: only when asked to stop
     keep_last: int = no_fingerprint(2)
+    keep_best: str = no_fingerprint("")  # a metric: the checkpoint at which it was best is kept as well
+    best_mode: Literal["max", "min"] = no_fingerprint("max")
 
     def __post_init__(self):
         if (self.steps > 0) == (self.epochs > 0) or self.steps < 0 or self.epochs < 0:
@@ -45,6 +47,10 @@ class LoopConfig:
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"loop.{name} must be zero or more, got {getattr(self, name)}")
+        if self.keep_best.startswith("eval/") and not self.eval_every:
+            raise UserError(
+                f"loop.keep_best {self.keep_best!r} is only measured where loop.eval_every is set"
+            )
         if self.keep_last < 1:
             raise UserError(f"loop.keep_last must be at least 1, got {self.keep_last}")
 
@@ -123,7 +129,7 @@ def train(
     Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
     """
     checkpointer = Checkpointer(
-        ctx.folder / "checkpoints", keep_last=config.keep_last, report=ctx.console.print
+        ctx.folder / "checkpoints", config.keep_last, config.keep_best, config.best_mode, ctx.console.print
     )
     restored = checkpointer.restore(template)
     if restored is not None:
@@ -170,12 +176,18 @@ def train(
                 )
                 if evaluating:
                     flush()
-                    logger.log(done, evaluate(state, done))
+                    evaluated = {k: float(v) for k, v in evaluate(state, done).items()}
+                    logger.log(done, evaluated)
+                    last |= evaluated
                 stopping = STOP.requested and done < steps
                 if stopping or (
                     config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps
                 ):
                     flush()
+                    if config.keep_best and config.keep_best not in last and "eval/" not in config.keep_best:
+                        raise UserError(
+                            f"loop.keep_best: no such metric.{did_you_mean(config.keep_best, last)}"
+                        )
                     checkpointer.save(done, state, position(done), last)
                 if stopping:
                     raise Preempted(f"{ctx.name}: saved at step {done} of {steps}")

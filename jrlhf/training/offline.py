@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
 from jrlhf.sharding import check_batch
-from jrlhf.training.data import BatchFeed
+from jrlhf.training.data import BatchFeed, StreamFeed
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
 from jrlhf.types import Algorithm, TrainState
 
@@ -21,19 +21,21 @@ def train_offline(
     algorithm: Algorithm,
     start: tuple,
     axes: dict,
-    arrays: Any,
+    arrays: Any,  # or a StreamFeed
     evaluate: Callable[[TrainState, int], dict] | None = None,
     show: tuple[str, ...] = ("train/loss",),
 ) -> TrainState:
-    """Train on `arrays` (leading axis rows, in memory) for `steps` batches.
+    """Train on `arrays` (leading axis rows, in memory) or on a stream, for `steps` batches.
 
-    start: arguments of `algorithm.init`. axes: the model's logical axes. Batches, and so the position in the data,
-    are a pure function of (seed, step).
+    start: arguments of `algorithm.init`. axes: the model's logical axes. Batches of arrays, and so the position in
+    the data, are a pure function of (seed, step); a stream's position is saved with each checkpoint.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
-    feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
+    streaming = isinstance(arrays, StreamFeed)
+    feed = arrays if streaming else BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
+    where = {"position": lambda n: feed.position, "resume_position": feed.restore} if streaming else {}
 
     def do_step(state: TrainState, n: int):
         batch = feed(n)
@@ -41,6 +43,6 @@ def train_offline(
         return state, metrics, batch
 
     try:
-        return train(ctx, loop, steps, template, make_state, do_step, evaluate, show)
+        return train(ctx, loop, steps, template, make_state, do_step, evaluate, show, **where)
     finally:
         feed.close()

@@ -10,6 +10,7 @@ import json
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,9 +51,14 @@ from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import leads, make_mesh, state_shardings
 from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, model_meta, save_model
 from jrlhf.training.data import (
+    Later,
+    StreamFeed,
     demonstration_batch,
+    encode_cut_demonstration,
+    encode_text,
     in_chunks,
     load_rows,
+    one_per_row,
     pair_arrays,
     preference_arrays,
     prompt_ids,
@@ -101,6 +107,9 @@ class Pretrain(Stage):
     def validate(self, names):
         if self.length > self.model.context:
             raise UserError(f"length {self.length} is longer than model.context {self.model.context}")
+        check_stream(self)
+        if streams(self.data) and not self.tokenizer.path:
+            raise UserError("tokenizer.path: a tokenizer cannot be trained on a stream; name one that exists")
         check_microbatches(self)
 
     def files(self):
@@ -117,8 +126,10 @@ class Pretrain(Stage):
             tokenizer = self._tokenizer(ctx)
             model = Model(check_vocabulary(self.model, tokenizer, "model"))
             length = self.length or model.config.context
-            arrays = text_batch(self.data, tokenizer, length, ctx.console)
-            kept, held = hold_out(arrays, self.eval_rows)
+            if streams(self.data):
+                kept, held = streamed(self, encode_text, tokenizer, length, ctx, mesh)
+            else:
+                kept, held = hold_out(text_batch(self.data, tokenizer, length, ctx.console), self.eval_rows)
             shardings = state_shardings(mesh, jax.eval_shape(model.init, key), model.logical_axes())
             params = jax.jit(model.init, out_shardings=shardings)(jax.random.fold_in(key, 1))
             params = train_language_model(self, ctx, mesh, model, params, key, kept, held)
@@ -185,6 +196,7 @@ class SFT(Stage):
 
     def validate(self, names):
         check_microbatches(self)
+        check_stream(self)
 
     def plan(self, ctx):
         config = start_config(ctx, self.start)
@@ -196,8 +208,11 @@ class SFT(Stage):
             loaded = load_model(ctx.parents[self.start], mesh)
             model, length = loaded.model, self.length or loaded.model.config.context
             check_length(length, model, "length")
-            arrays = demonstration_batch(self.data, loaded.tokenizer, length, self.too_long, ctx.console)
-            kept, held = hold_out(arrays, self.eval_rows)
+            if streams(self.data):
+                kept, held = streamed(self, encode_cut_demonstration, loaded.tokenizer, length, ctx, mesh)
+            else:
+                arrays = demonstration_batch(self.data, loaded.tokenizer, length, self.too_long, ctx.console)
+                kept, held = hold_out(arrays, self.eval_rows)
             params = train_language_model(self, ctx, mesh, model, loaded.params, stage_key(ctx), kept, held)
             save_model(ctx.folder, model, params, loaded.tokenizer)
             return {"eval_loss": final_loss(model, params, held, mesh)}
@@ -205,13 +220,35 @@ class SFT(Stage):
 
 def train_language_model(stage, ctx, mesh, model, params, key, kept: SequenceBatch, held: SequenceBatch):
     """What Pretrain and SFT share: next-token training and the held-out loss."""
-    steps = stage.loop.total_steps(rows_of(kept))
+    steps = stage.loop.steps if isinstance(kept, StreamFeed) else stage.loop.total_steps(rows_of(kept))
     algorithm = make_sft(stage.algorithm, model, build_optimizer(stage.optim, steps))
     evaluate = lambda state, step: {"eval/loss": final_loss(model, state.params["policy"], held, mesh)}  # noqa: E731
     state = train_offline(
         ctx, mesh, stage.loop, steps, algorithm, (params, key), model.logical_axes(), kept, evaluate
     )
     return state.params["policy"]
+
+
+def streams(source: Source) -> bool:
+    """Whether a source is read as training goes, instead of into memory first."""
+    return bool(getattr(source, "streaming", False))
+
+
+def check_stream(stage) -> None:
+    """What a streaming source rules out, at config time."""
+    if streams(stage.data) and not stage.loop.steps:
+        raise UserError("loop.epochs: the length of a stream is not known; set loop.steps")
+
+
+def streamed(stage, encode, tokenizer: Tokenizer, length: int, ctx, mesh) -> tuple[StreamFeed, SequenceBatch]:
+    """The first `eval_rows` rows of a stream for evaluation, the others to train on, one in each row."""
+    encode_one = lambda row: encode(row, tokenizer, length)  # noqa: E731
+    first = [encode_one(row) for row in islice(stage.data.rows(), stage.eval_rows)]
+    if not first:
+        raise UserError("eval_rows: the stream has no rows, or eval_rows is 0")
+    held = one_per_row(first, length, tokenizer.pad_id)
+    rest = Later(stage.data, stage.eval_rows)
+    return StreamFeed(rest, encode_one, stage.loop.batch_size, length, ctx.seed, mesh, tokenizer.pad_id), held
 
 
 def hold_out(arrays: SequenceBatch, rows: int) -> tuple[SequenceBatch, SequenceBatch]:
