@@ -257,7 +257,7 @@ def _set_up_jax(devices: int | None, runs_dir: Path, distributed: bool) -> None:
     forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if devices is not None and forced:
         raise UserError("--devices: XLA_FLAGS already sets --xla_force_host_platform_device_count; unset it")
-    if devices is not None or not (forced or jax.config.jax_num_cpu_devices > 0):
+    if devices is not None or not (forced or jax.config.jax_num_cpu_devices > 0):  # type: ignore[attr-defined]
         count = devices or min(2, os.cpu_count() or 1)
         try:
             jax.config.update("jax_num_cpu_devices", count)
@@ -266,7 +266,7 @@ def _set_up_jax(devices: int | None, runs_dir: Path, distributed: bool) -> None:
                 raise UserError(
                     f"--devices {devices}: jax has started with {jax.device_count('cpu')}"
                 ) from None
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
     if distributed:
         try:

@@ -31,7 +31,7 @@ from typing import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jrlhf.types import Plan
+    from jrlhf.types import Plan, PreferenceRow
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Source:
 class Labeler:
     """Who compares answers. To add one: a frozen dataclass with the one method `label`."""
 
-    def label(self, rows: list[dict], responses: list[list[str]], seed: int) -> list[dict]:
+    def label(self, rows: list[dict], responses: list[list[str]], seed: int) -> "list[PreferenceRow]":
         """One PreferenceRow per prompt row: ranks (1 is best, equal is a tie) and, where known, `scores`,
         `criteria`, `labeler`. The draws depend on `seed` alone."""
         raise TypeError(f"{type(self).__name__} does not define label()")
@@ -299,7 +299,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _subclasses(cls: type) -> list[type]:
     """`cls` and all that derive from it, in the order of definition."""
-    return list(dict.fromkeys([cls, *(s for sub in cls.__subclasses__() for s in _subclasses(sub))]))
+    children: list[type] = cls.__subclasses__()
+    return list(dict.fromkeys([cls, *(s for child in children for s in _subclasses(child))]))
 
 
 FILE_MODULE = "experiment_file_"  # how the module of an executed experiment file is named

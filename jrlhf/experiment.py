@@ -423,7 +423,7 @@ def _run_task(
             _say(console, f"{label}: {verb} in {task.folder}")
             task.folder.mkdir(parents=True, exist_ok=True)
             write_json(task.folder / "config.json", _stage_record(task))
-            write_json(task.folder / "environment.json", env | {"date": _now()})
+            write_json(task.folder / "environment.json", {**env, "date": _now()})
         _agreed(True)  # no process enters the folder before it is ready
         start = time.monotonic()
         try:
@@ -673,7 +673,7 @@ def stage_folders(run: Path) -> dict[str, dict[str, Path]]:
     return {name: {seed: run.parent / f for seed, f in seeds.items()} for name, seeds in listed.items()}
 
 
-def _count(n: int) -> str:
+def _count(n: float) -> str:
     """1234567 as 1.23M; nothing as a dash."""
     if n < 10_000:
         return str(n) if n else "-"

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -121,7 +121,8 @@ class MetricLogger:
             raise UserError(f"metrics are logged every {every} steps: it must be 1 or more")
         self.console = console
         self.every = every
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: Any = None
         if jax.process_index() != 0:
             return
         from tensorboardX import SummaryWriter  # not needed by those who only read metrics
@@ -193,7 +194,8 @@ class Progress:
 
         self.console = console or Console()
         self.total, self.description, self.start, self.interval = total, description, start, interval
-        self._bar = self._task = None
+        self._bar: Any = None  # where there is a terminal
+        self._task: Any = None
         self._began = self._shown = time.monotonic()
 
     def __enter__(self) -> "Progress":

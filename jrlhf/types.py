@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray  # batches hold numpy arrays while on the host, jax arrays on the devices
 Params = Any  # a pytree of arrays
 Metrics = Mapping[str, Any]  # metric name (docs/metrics.md) -> scalar
 
@@ -30,27 +31,27 @@ class TrainState(NamedTuple):
 class Prompts(NamedTuple):
     """Left-padded prompts, ready to be continued; every row has at least one real token."""
 
-    tokens: jax.Array  # [B, P] int32
-    mask: jax.Array  # [B, P] bool
+    tokens: Array  # [B, P] int32
+    mask: Array  # [B, P] bool
 
 
 class SequenceBatch(NamedTuple):
     """Token sequences to learn from, packed or padded on either side."""
 
-    tokens: jax.Array  # [B, T] int32
-    segment_ids: jax.Array  # [B, T] int32: 1, 2, ... per row, 0 is padding
-    positions: jax.Array  # [B, T] int32, restarting in each segment
-    loss_mask: jax.Array  # [B, T] bool: tokens to be predicted (never the first of a segment)
+    tokens: Array  # [B, T] int32
+    segment_ids: Array  # [B, T] int32: 1, 2, ... per row, 0 is padding
+    positions: Array  # [B, T] int32, restarting in each segment
+    loss_mask: Array  # [B, T] bool: tokens to be predicted (never the first of a segment)
 
 
 class Rollout(NamedTuple):
     """What `rollout` returns. The prompt fills slots [0, P) left-padded, the response slots [P, P+R)."""
 
-    tokens: jax.Array  # [B, P+R] int32
-    mask: jax.Array  # [B, P+R] bool: a real token (prompt or response, EOS included)
-    response_mask: jax.Array  # [B, R] bool: sampled tokens, EOS included
-    logprobs: jax.Array  # [B, R] float32 under the distribution that was sampled; 0 where masked
-    ended: jax.Array  # [B] bool: the response ended by a stop token (not by length)
+    tokens: Array  # [B, P+R] int32
+    mask: Array  # [B, P+R] bool: a real token (prompt or response, EOS included)
+    response_mask: Array  # [B, R] bool: sampled tokens, EOS included
+    logprobs: Array  # [B, R] float32 under the distribution that was sampled; 0 where masked
+    ended: Array  # [B] bool: the response ended by a stop token (not by length)
 
 
 class Algorithm(NamedTuple):
@@ -64,11 +65,11 @@ class Algorithm(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """K answers to each prompt, all of a prompt in one batch element. Padding answers have rank 0."""
 
-    tokens: jax.Array  # [B, K, T] int32, prompt then answer, right-padded
-    mask: jax.Array  # [B, K, T] bool, a real token
-    response_mask: jax.Array  # [B, K, T] bool, a token of the answer (EOS included)
-    ranks: jax.Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
-    margins: jax.Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
+    tokens: Array  # [B, K, T] int32, prompt then answer, right-padded
+    mask: Array  # [B, K, T] bool, a real token
+    response_mask: Array  # [B, K, T] bool, a token of the answer (EOS included)
+    ranks: Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
+    margins: Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
 
 
 class TextRow(TypedDict):

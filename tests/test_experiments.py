@@ -12,7 +12,7 @@ from helpers import fake_params
 from rich.console import Console
 
 from jrlhf.algorithms.ppo import PPOConfig
-from jrlhf.config import MeshConfig, Source, from_dict, to_dict
+from jrlhf.config import MeshConfig, from_dict, to_dict
 from jrlhf.data.tokenizer import load_tokenizer
 from jrlhf.experiment import Experiment, dry_run, load_experiment, run, stage_folders
 from jrlhf.metrics import check_name, read_metrics

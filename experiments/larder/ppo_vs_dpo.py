@@ -48,10 +48,10 @@ experiment = Experiment(
             data=LarderText(documents=40_000),
             tokenizer=TokenizerConfig(model_type="word", vocab_size=128, texts=(LarderVocabulary(),)),
             model=ModelConfig(
-                d_model=64, n_layers=3, n_heads=2, n_kv_heads=2, d_ff=192, context=40, remat="full"
+                d_model=64, n_layers=3, n_heads=4, n_kv_heads=4, d_ff=192, context=40, remat="full"
             ),
             optim=OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
-            loop=LoopConfig(steps=400, batch_size=128),
+            loop=LoopConfig(steps=450, batch_size=128),
         ),
         "sft": SFT(
             start="pretrain",
@@ -69,7 +69,8 @@ experiment = Experiment(
         "reward_model": RewardModel(
             start="sft",
             preferences="preferences",
-            optim=OptimConfig(lr=1e-3, schedule="cosine"),
+            # Without a warm-up the fresh head's first gradients undo what the model knows: truth is then learned late.
+            optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=50),
             loop=LoopConfig(epochs=3, batch_size=16),
         ),
         "ppo": PPO(
@@ -79,19 +80,19 @@ experiment = Experiment(
             gold="larder_gold",
             algorithm=PPOConfig(beta=0.1),
             sampling=answers,
-            optim=OptimConfig(lr=3e-4, eps=1e-5),
-            critic_optim=OptimConfig(lr=1e-3, eps=1e-5),
+            optim=OptimConfig(lr=3e-4, eps=1e-5, warmup_steps=16),
+            critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
             loop=LoopConfig(steps=50, batch_size=128),
         ),
         "dpo": DPO(
             start="sft",
             preferences="preferences",
             algorithm=DPOConfig(beta=0.1),
-            optim=OptimConfig(lr=3e-4, schedule="cosine"),
+            optim=OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=20),
             eval_prompts=LarderPrompts(size=256, split="eval"),
             gold="larder_gold",
             sampling=answers,
-            loop=LoopConfig(steps=160, batch_size=64, eval_every=40),
+            loop=LoopConfig(steps=120, batch_size=64, eval_every=40),
         ),
         "best_of_n": BestOfN(
             start="sft",

@@ -17,7 +17,7 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.losses import dpo_loss
 from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
 from jrlhf.optim import Optimizer
-from jrlhf.types import Algorithm, TrainState
+from jrlhf.types import Algorithm, Array, TrainState
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class DPOConfig:
 class PairBatch(NamedTuple):
     """Chosen (index 0) and rejected (index 1) answers to each prompt."""
 
-    tokens: jax.Array  # [B, 2, T] int32, prompt then answer
-    mask: jax.Array  # [B, 2, T] bool, a real token
-    response_mask: jax.Array  # [B, 2, T] bool, a token of the answer
-    ref_logprobs: jax.Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
+    tokens: Array  # [B, 2, T] int32, prompt then answer
+    mask: Array  # [B, 2, T] bool, a real token
+    response_mask: Array  # [B, 2, T] bool, a token of the answer
+    ref_logprobs: Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
 
 
 def pair_logprobs(model: Model, params, batch: PairBatch) -> jax.Array:

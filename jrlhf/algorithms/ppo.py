@@ -21,7 +21,7 @@ from jrlhf.ops.masking import last_token_index, masked_mean, masked_var, masked_
 from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
 from jrlhf.optim import Optimizer
 from jrlhf.sharding import constrain_rows
-from jrlhf.types import Algorithm, Rollout, SequenceBatch, TrainState
+from jrlhf.types import Algorithm, Array, Rollout, SequenceBatch, TrainState
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,13 @@ def actor_critic(model: Model, critic: Model | None, language_loss: Callable | N
 
 
 class PPOBatch(NamedTuple):
-    tokens: jax.Array  # [B, P+R]
-    mask: jax.Array  # [B, P+R]
-    response_mask: jax.Array  # [B, R]
-    logprobs: jax.Array  # [B, R] of the policy that sampled
-    values: jax.Array  # [B, R] of the critic at that time
-    advantages: jax.Array  # [B, R]
-    returns: jax.Array  # [B, R]
+    tokens: Array  # [B, P+R]
+    mask: Array  # [B, P+R]
+    response_mask: Array  # [B, R]
+    logprobs: Array  # [B, R] of the policy that sampled
+    values: Array  # [B, R] of the critic at that time
+    advantages: Array  # [B, R]
+    returns: Array  # [B, R]
     ptx: SequenceBatch | None  # [B, ...] pretraining text, one row per rollout row
     metrics: Any  # of the batch's making; passed on by train_step
 
@@ -117,7 +117,8 @@ def make_ppo(
     temperature: float = 1.0,
 ) -> Algorithm:
     """`temperature` is the one that responses are sampled at: it is part of the policy here too."""
-    if config.ptx_coef and models.language_loss is None:
+    language_loss = models.language_loss if config.ptx_coef else None
+    if config.ptx_coef and language_loss is None:
         raise UserError("ptx_coef needs a language_loss and pretraining text")
 
     def init(policy_params, critic_params, ref_params, key) -> TrainState:
@@ -219,8 +220,8 @@ def make_ppo(
             "value/loss": value,
             "value/clip_frac": value_clipped,
         }
-        if config.ptx_coef:
-            ptx = models.language_loss(params["policy"], rows.ptx, ptx_denominator)
+        if language_loss is not None:
+            ptx = language_loss(params["policy"], rows.ptx, ptx_denominator)
             loss = loss + config.ptx_coef * ptx
             sums["policy/ptx_loss"] = ptx
         return loss, (sums, {"policy/ratio_max": stats["ratio_max"]})
@@ -231,7 +232,7 @@ def make_ppo(
         tokens = jnp.maximum(jnp.sum(rows.response_mask, dtype=jnp.float32), 1.0)
         ptx_tokens = (
             jnp.maximum(jnp.sum(rows.ptx.loss_mask[:, 1:], dtype=jnp.float32), 1.0)
-            if config.ptx_coef
+            if config.ptx_coef and rows.ptx is not None
             else None
         )
         loss = lambda p, r: minibatch_loss(p, r, tokens, ptx_tokens)  # noqa: E731

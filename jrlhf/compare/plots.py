@@ -94,7 +94,7 @@ class Look:
 def all_figures(summary: Summary) -> list[Figure]:
     """Every figure of the report, in reading order."""
     looks = policy_looks(summary)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         return [
             frontier(summary, looks),
             win_rates(summary, looks),
@@ -126,8 +126,8 @@ def policy_looks(summary: Summary) -> dict[str, Look]:
 def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
     """Gold against KL from the baseline, on a square-root scale (Gao et al. 2023 plot against √KL)."""
     title = "Gold reward against distance from the baseline"
-    rows = [row for row in summary.main if row.kl]
-    if all(row.is_baseline for row in rows):
+    rows = [(row, row.kl) for row in summary.main if row.kl]
+    if all(row.is_baseline for row, _ in rows):
         return Figure(
             "frontier", title, missing="The evaluation recorded no KL, so there is no frontier to draw."
         )
@@ -138,28 +138,26 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
     for evaluation in summary.evaluations:
         curve = evaluation.best_of_n
         if curve is not None and curve.kl is not None:
-            kl, gold = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
-            ax.plot(kl, gold, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
-            ax.plot(kl, gold, ".", color=MUTED, ms=4, zorder=2)
-            boxes += _along(kl, gold)
-            labels.append(
-                (kl[-1], gold[-1], f"best of n, to {curve.n[-1]} {evaluation.label}".strip(), MUTED)
-            )
+            x, y = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+            ax.plot(x, y, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
+            ax.plot(x, y, ".", color=MUTED, ms=4, zorder=2)
+            boxes += _along(x, y)
+            labels.append((x[-1], y[-1], f"best of n, to {curve.n[-1]} {evaluation.label}".strip(), MUTED))
     paths = 0
     for _, look, seeds in _trained(summary, looks):
         pair = _path_metrics(summary.reward_name, seeds)
         if pair:
-            (_, gold), (_, kl) = (_mean_curve(seeds, name, bins=12) for name in pair)
-            ax.plot(kl, gold, color=look.color, lw=1.1, alpha=0.55, zorder=2)
-            boxes += _along(kl, gold)
+            (_, y), (_, x) = (_mean_curve(seeds, name, bins=12) for name in pair)
+            ax.plot(x, y, color=look.color, lw=1.1, alpha=0.55, zorder=2)
+            boxes += _along(x, y)
             paths += 1
-    for row in rows:
-        _cross(ax, row.kl, row.gold, looks[row.label])
-        labels.append((row.kl.value, row.gold.value, row.label, looks[row.label].color))
-        boxes += _along(np.array(row.kl[1:]), np.full(2, row.gold.value)) if np.isfinite(row.kl.low) else []
-        boxes += _along(np.full(2, row.kl.value), np.array(row.gold[1:])) if np.isfinite(row.gold.low) else []
-        boxes.append((row.kl.value, row.gold.value))
-    start = next(row for row in rows if row.is_baseline)
+    for row, kl in rows:
+        _cross(ax, kl, row.gold, looks[row.label])
+        labels.append((kl.value, row.gold.value, row.label, looks[row.label].color))
+        boxes += _along(np.array(kl[1:]), np.full(2, row.gold.value)) if np.isfinite(kl.low) else []
+        boxes += _along(np.full(2, kl.value), np.array(row.gold[1:])) if np.isfinite(row.gold.low) else []
+        boxes.append((kl.value, row.gold.value))
+    start = next(row for row, _ in rows if row.is_baseline)
     ax.axhline(start.gold.value, color=BASELINE, lw=0.9, ls=(0, (1, 2)), zorder=1)
     known = [e.gold_max for e in summary.evaluations if e.gold_max]
     if known:
@@ -168,16 +166,17 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
             f"maximum {number(known[0])}", (1, known[0]), xycoords=("axes fraction", "data"),
             xytext=(0, -3), textcoords="offset points", ha="right", va="top", color=MUTED, fontsize=8.5,
         )  # fmt: skip
-    right = max(kl for kl, _ in boxes)
+    right = max(x for x, _ in boxes)
     ax.set_xlim(-0.004 * right, right * 1.12)
     _kl_ticks(ax, right * 1.12)
     _y_title(ax, f"gold reward ({summary.reward_name})")
     ax.set_xlabel("KL from the baseline (nats per answer, square-root scale)")
     _place(ax, labels, boxes)
-    best = max((row for row in rows if not row.is_baseline), key=lambda row: row.gold.value)
+    others = [(row, kl) for row, kl in rows if not row.is_baseline]
+    best, best_kl = max(others, key=lambda entry: entry[0].gold.value)
     finding = (
         f"{best.label} is highest: {number(best.gold.value)} {limits(best.gold)} at "
-        f"{number(best.kl.value)} nats.{_against_best_of_n(summary, rows)}"
+        f"{number(best_kl.value)} nats.{_against_best_of_n(summary, rows)}"
     )
     guide = "Up is better, left is closer to the baseline. Bars are 95% intervals, dots the baseline's gold"
     guide += ", faint lines the way there while training, on the prompts used then." if paths else "."
@@ -198,18 +197,18 @@ def _gold_metric(reward_name: str, seeds: list[Stage]) -> str:
     return TRAINED if seeds[0].config.get("reward") == reward_name else f"reward/{reward_name}/mean"
 
 
-def _against_best_of_n(summary: Summary, rows: list[Row]) -> str:
+def _against_best_of_n(summary: Summary, rows: list[tuple[Row, Interval]]) -> str:
     """Whether each policy lies above best-of-n at its own KL: the comparison at an equal budget of KL."""
     above, below = [], []
     for evaluation in summary.evaluations:
         curve = evaluation.best_of_n
         if curve is None or curve.kl is None:
             continue
-        kl, gold = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
-        for row in rows:
-            inside = row.evaluation == evaluation.label and kl[0] < row.kl.value <= kl[-1]
-            if inside and not row.is_baseline and not np.isnan(row.kl.low):
-                height = np.interp(np.sqrt(row.kl.value), np.sqrt(kl), gold)
+        x, y = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+        for row, kl in rows:
+            inside = row.evaluation == evaluation.label and x[0] < kl.value <= x[-1]
+            if inside and not row.is_baseline and not np.isnan(kl.low):
+                height = np.interp(np.sqrt(kl.value), np.sqrt(x), y)
                 if row.gold.low > height:
                     above.append(row.label)
                 elif row.gold.high < height:
@@ -432,7 +431,9 @@ def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
             missing=f"Only one split ({summary.splits[0]}) was evaluated: nothing to compare.",
         )
     groups = {label: [row for row in summary.rows if row.label == label] for label in looks}
-    lines = [line for label, rows in groups.items() for line in (label, *rows)]
+    lines: list[str | Row] = []
+    for label, rows in groups.items():
+        lines += [label, *rows]
     canvas, ax = _canvas(0.2 * len(lines) + 0.75)
     for y, line in enumerate(lines):
         if isinstance(line, Row):
@@ -467,7 +468,7 @@ def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
 
 def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
     """Share of answers whose gold is above the baseline's on the same prompt."""
-    rows = [row for row in summary.main if row.win]
+    rows = [(row, row.win) for row in summary.main if row.win]
     title = f"Win rate against {summary.evaluations[0].baseline.name}"
     if not rows:
         return Figure(
@@ -475,18 +476,18 @@ def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
         )
     canvas, ax = _canvas(0.27 * len(rows) + 0.8)
     ax.axvline(50, color=MUTED, lw=0.9, zorder=1)
-    for y, row in enumerate(rows):
-        _bar(ax, row.win.scaled(100), y, looks[row.label])
+    for y, (row, win) in enumerate(rows):
+        _bar(ax, win.scaled(100), y, looks[row.label])
         ax.annotate(
-            f"{row.win.value:.0%}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            f"{win.value:.0%}", (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize=9, color=INK,
         )  # fmt: skip
-    _rows_axis(ax, range(len(rows)), [row.label for row in rows], len(rows) - 0.4, color=INK)
+    _rows_axis(ax, range(len(rows)), [row.label for row, _ in rows], len(rows) - 0.4, color=INK)
     ax.set_xlim(0, 100)
     ax.set_xlabel("answers with more gold than the baseline's (%), ties half")
-    clear = [row.label for row in rows if row.win.low > 0.5]
-    worse = [row.label for row in rows if row.win.high < 0.5]
-    level = [row.label for row in rows if not row.win.excludes(0.5)]
+    clear = [row.label for row, win in rows if win.low > 0.5]
+    worse = [row.label for row, win in rows if win.high < 0.5]
+    level = [row.label for row, win in rows if not win.excludes(0.5)]
     found = [f"more than half are won by {_and(clear)}"] if clear else []
     found += [f"fewer than half by {_and(worse)}"] if worse else []
     found += [f"the interval includes 50% for {_and(level)}"] if level else []
@@ -629,7 +630,7 @@ def _bar(ax: Axes, interval: Interval, y: float, look: Look) -> None:
 
 
 def _rows_axis(
-    ax: Axes, ticks: Sequence[float], names: Sequence[str], bottom: float, color: str = MUTED
+    ax: Axes, ticks: Iterable[float], names: Sequence[str], bottom: float, color: str = MUTED
 ) -> None:
     ax.set_yticks(list(ticks), list(names), color=color, fontsize=9)
     ax.set_ylim(bottom, -0.6)
@@ -663,11 +664,8 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         return
     ax.margins(y=0.08)
     low, high = ax.get_ylim()
-    gap = (
-        11.5
-        / (ax.figure.get_figheight() * 72 * ax.get_subplotspec().get_position(ax.figure).height)
-        * (high - low)
-    )
+    share = ax.get_subplotspec().get_position(ax.figure).height  # type: ignore[union-attr, arg-type]
+    gap = 11.5 / (ax.figure.get_figheight() * 72 * share) * (high - low)  # type: ignore[union-attr]
     offsets = gap * np.arange(len(ends))
     places = isotonic_regression(np.array([end[1] for end in ends]) - offsets).x + offsets
     for (_, _, text, color), place in zip(ends, places, strict=True):
@@ -689,7 +687,7 @@ def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tu
 
     A name that had to go further away is tied to its point by a thin line in the point's colour.
     """
-    ax.figure.draw_without_rendering()
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # no sub-figures here
     scale = 72 / ax.figure.dpi  # pixels to points
     taken = [
         (x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in (ax.transData.transform(p) * scale for p in lines)
@@ -697,11 +695,11 @@ def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tu
     taken += [
         (x - 5, y - 5, x + 5, y + 5) for x, y in (ax.transData.transform(p[:2]) * scale for p in labels)
     ]
-    frame = tuple(ax.get_window_extent().extents * scale)
+    frame = tuple(np.asarray(ax.get_window_extent().extents) * scale)
     for px, py, text, color in labels:
         x, y = ax.transData.transform((px, py)) * scale
         width, height = 5.6 * len(text), 9.0
-        best = None
+        candidates = []
         for reach in (9, 13, 18, 26):
             for dx, dy in ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)):
                 left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
@@ -709,9 +707,8 @@ def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tu
                 box = (left, base, left + width, base + height)
                 cost = sum(_overlap(box, other) for other in taken) + 2 * reach + 4 * (dx == 0)
                 cost += 1000 * (_overlap(box, frame) < 0.99 * width * height)
-                if best is None or cost < best[0]:
-                    best = (cost, dx, dy, reach, box)
-        _, dx, dy, reach, box = best
+                candidates.append((cost, dx, dy, reach, box))
+        _, dx, dy, reach, box = min(candidates, key=lambda candidate: candidate[0])
         ax.annotate(
             text, (px, py), xytext=(dx * reach, dy * reach), textcoords="offset points", zorder=5, fontsize=9,
             color=MUTED if color == MUTED else INK, ha={1: "left", 0: "center", -1: "right"}[dx], va="center",

@@ -12,9 +12,6 @@ from jrlhf.compare.statistics import Scores
 from jrlhf.config import UserError, did_you_mean, read_json
 from jrlhf.metrics import read_metrics
 
-MEASURES = ("gold", "proxy", "kl", "length", "ended")
-REQUIRED = ("gold", "length", "ended")
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -198,16 +195,24 @@ def _policy(name: str, seeds: list[Mapping]) -> Policy:
     def scores(split: str, measure: str) -> Scores | None:
         columns = [s["policies"][name]["splits"][split].get(measure) for s in seeds]
         if any(column is None for column in columns):
-            if measure in REQUIRED:
-                raise ValueError(f"policy {name!r}, split {split!r} has no {measure!r}")
             return None
         return _finite(columns, f"policy {name!r}, split {split!r}, {measure!r}")
+
+    def required(split: str, measure: str) -> Scores:
+        found = scores(split, measure)
+        if found is None:
+            raise ValueError(f"policy {name!r}, split {split!r} has no {measure!r}")
+        return found
 
     splits = {}
     for split in seeds[0]["policies"][name]["splits"]:
         criteria = (seeds[0].get("criteria") or {}).get(name, {}).get(split, {})
         splits[split] = Split(
-            **{measure: scores(split, measure) for measure in MEASURES},
+            gold=required(split, "gold"),
+            proxy=scores(split, "proxy"),
+            kl=scores(split, "kl"),
+            length=required(split, "length"),
+            ended=required(split, "ended"),
             criteria={
                 key: _finite(
                     [s["criteria"][name][split][key] for s in seeds], f"criterion {key!r} of {name!r}"
@@ -227,8 +232,9 @@ def _finite(columns: list, where: str) -> Scores:
     return columns
 
 
-def _best_of_n(seeds: list[Mapping | None]) -> BestOfN | None:
-    if any(seed is None for seed in seeds):
+def _best_of_n(found: list[Mapping | None]) -> BestOfN | None:
+    seeds = [seed for seed in found if seed is not None]
+    if len(seeds) < len(found):
         return None
 
     def rows(key: str) -> np.ndarray | None:

@@ -89,6 +89,7 @@ def _row(evaluation: Evaluation, policy: Policy, name: str) -> Row:
     split, baseline = policy.splits[name], evaluation.baseline.splits.get(name)
     gold = mean_interval(split.gold)
     against = baseline if policy is not evaluation.baseline else None
+    kl: Interval | None
     if policy is evaluation.baseline:
         kl = Interval(0.0, 0.0, 0.0)
     elif policy.kl_exact is not None:
@@ -124,18 +125,19 @@ def headline(summary: Summary) -> str:
     sentences = []
     for evaluation in summary.evaluations:
         rows = [row for row in summary.main if row.evaluation == evaluation.label]
-        baseline, others = rows[0], [row for row in rows if row.gain]
+        baseline, gains = rows[0], [(row, row.gain) for row in rows if row.gain]
         start = f"{baseline.label} scores {baseline.gold.value:.2f} gold"
         start += f" ({baseline.share.value:.0%} of the maximum)." if baseline.share else "."
         sentences.append(start)
-        moved = sorted((row for row in others if row.gain.excludes(0)), key=lambda row: -row.gain.value)
-        same = [row for row in others if not row.gain.excludes(0)]
+        moved = [(row, gain) for row, gain in gains if gain.excludes(0)]
+        same = [(row, gain) for row, gain in gains if not gain.excludes(0)]
         if moved:
-            sentences.append("; ".join(f"{row.label} {_gain(row)}" for row in moved) + ".")
-        for row in same:
+            moved.sort(key=lambda entry: -entry[1].value)
+            sentences.append("; ".join(f"{row.label} {_moved(gain)}{_at(row)}" for row, gain in moved) + ".")
+        for row, gain in same:
             sentences.append(
                 f"{row.label} cannot be told from {baseline.label}"
-                f" ({signed(row.gain.value)} {limits(row.gain)}{_at(row)})."
+                f" ({signed(gain.value)} {limits(gain)}{_at(row)})."
             )
     return " ".join(sentences)
 
@@ -173,9 +175,9 @@ def limits(interval: Interval, digits: int = 2, percent: bool = False) -> str:
     return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
-def _gain(row: Row) -> str:
-    verb = "gains" if row.gain.value > 0 else "loses"
-    return f"{verb} {signed(row.gain.value)} {limits(row.gain)}{_at(row)}"
+def _moved(gain: Interval) -> str:
+    verb = "gains" if gain.value > 0 else "loses"
+    return f"{verb} {signed(gain.value)} {limits(gain)}"
 
 
 def _at(row: Row) -> str:

@@ -33,6 +33,10 @@ class StoryEndings(DataSource):
     def __post_init__(self) -> None:
         if self.beginning < 20 or self.ending < 20:
             raise UserError("StoryEndings: beginning and ending are lengths in characters, at least 20")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UserError(
+                f"StoryEndings.max_rows is {self.max_rows}; give a positive number, or None for all"
+            )
 
     def files(self) -> tuple[str, ...]:
         return (self.path,)
@@ -49,13 +53,13 @@ class StoryEndings(DataSource):
             if made is None:
                 report.dropped["no ending that fits"] += 1
                 continue
+            if self.max_rows is not None and found >= self.max_rows:
+                return
             found += 1
             if found <= start:
                 continue
             report.kept += 1
             yield made
-            if self.max_rows is not None and found >= self.max_rows:
-                return
         if not found:
             raise UserError(f"{self.path}: no story has an ending of at most {self.ending} characters.")
 
@@ -64,7 +68,8 @@ class StoryEndings(DataSource):
         cut = len(sentences)
         while cut > 1 and sum(map(len, sentences[cut - 1 :])) <= self.ending:
             cut -= 1
-        end, begin = "".join(sentences[cut:]).strip(), []
+        end = "".join(sentences[cut:]).strip()
+        begin: list[str] = []
         for sentence in reversed(sentences[:cut]):
             if sum(map(len, begin)) + len(sentence) > self.beginning:
                 break

@@ -1,6 +1,7 @@
 """The built-in world: a text generator, its gold reward and simulated labellers, all of known truth."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from jrlhf.lab.labelers import LarderLabelers, group_gold, pair_probabilities, rank_by_utility
 from jrlhf.lab.larder import (
@@ -18,8 +19,11 @@ from jrlhf.lab.larder import (
     vocabulary,
 )
 
+if TYPE_CHECKING:
+    from jrlhf.types import RewardFn
+
 # The rewards that the lab offers by name: each a `jrlhf.types.RewardFn`.
-REWARDS = {
+REWARDS: "dict[str, RewardFn]" = {
     "larder_gold": larder_gold,
     "larder_gold_A": partial(group_gold, "A"),
     "larder_gold_B": partial(group_gold, "B"),

@@ -56,7 +56,8 @@ def all_sequences() -> tuple[jax.Array, jax.Array]:
     tokens = np.full((SEQUENCES, LENGTH), EOS, np.int32)
     mask = np.zeros((SEQUENCES, LENGTH), bool)
     for number in range(SEQUENCES):
-        symbols, node = [], number
+        symbols: list[int] = []
+        node = number
         while node:
             node, symbol = divmod(node - 1, SYMBOLS)
             symbols.insert(0, symbol)
@@ -121,15 +122,14 @@ def sample(params: jax.Array, key: jax.Array, n: int) -> Samples:
     uniform = jax.random.uniform(key, (LENGTH, n, 1))  # inverse CDF: one number per token
     node = jnp.zeros(n, jnp.int32)
     ended = jnp.zeros(n, bool)
-    tokens, mask = [], []
+    columns = []  # (token, mask), each [n]
     for t in range(LENGTH):
         # The last entry is 1 up to rounding; leaving it out gives EOS all that remains.
         token = jnp.sum(uniform[t] >= cumulative[node, :-1], axis=-1, dtype=jnp.int32)
-        tokens.append(jnp.where(ended, EOS, token))
-        mask.append(~ended)
+        columns.append((jnp.where(ended, EOS, token), ~ended))
         ended = ended | (token == EOS)
         node = jnp.where(ended, node, jnp.minimum(SYMBOLS * node + 1 + token, STATES - 1))
-    tokens, mask = jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
+    tokens, mask = (jnp.stack(column, axis=1) for column in zip(*columns, strict=True))
     return Samples(tokens, mask, logprobs(params, tokens, mask))
 
 

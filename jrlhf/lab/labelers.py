@@ -24,7 +24,7 @@ answers is one random ranking, drawn by `rank_by_utility`, whose law for a pair 
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -113,7 +113,7 @@ def pair_probabilities(
 
 
 def _cyclic_winner(
-    utilities: Sequence[float], kinds: Sequence[int] | None, i: int, j: int, near_tie: float
+    utilities: Sequence[float] | np.ndarray, kinds: Sequence[int] | None, i: int, j: int, near_tie: float
 ) -> int | None:
     """i or j, whichever the cyclic rule prefers; None where the rule is silent."""
     if kinds is None:
@@ -193,7 +193,7 @@ class LarderLabelers(Labeler):
         draws = np.random.default_rng([self.seed, 3]).standard_normal(self.labelers)
         return self.scale * np.exp(self.scale_spread * draws)
 
-    def utilities(self, responses: Sequence[str], criteria: dict[str, Sequence[float]]) -> np.ndarray:
+    def utilities(self, responses: Sequence[str], criteria: Mapping[str, Sequence[float]]) -> np.ndarray:
         """Every labeller's noiseless utility of every answer, [L, K]."""
         helpful, harmless, style = (np.asarray(criteria[c]) for c in ("helpful", "harmless", "style"))
         rubric = self.weights[:, :1] * helpful + self.weights[:, 1:] * harmless + style  # [L, K]
@@ -221,7 +221,7 @@ class LarderLabelers(Labeler):
         row i depend on (seed, i) alone, so a different answer elsewhere changes nothing here.
         """
         names = self.names
-        labelled = []
+        labelled: list[PreferenceRow] = []
         for i, (row, answers) in enumerate(zip(rows, responses, strict=True)):
             ended = row.get("ended", [True] * len(answers))
             if not isinstance(ended, list | tuple | np.ndarray) or len(ended) != len(answers):
@@ -232,7 +232,8 @@ class LarderLabelers(Labeler):
                 [row["prompt"]] * len(answers), answers, [{"ended": bool(end)} for end in ended]
             )
             criteria = {name: values.tolist() for name, values in scores.items()}
-            criteria["gold"] = sum(scores.values()).tolist()
+            helpful, harmless, style = scores.values()
+            criteria["gold"] = (helpful + harmless + style).tolist()
             rng = np.random.default_rng([seed, 4, i])
             who = int(rng.integers(self.labelers))
             utilities = self.utilities(answers, criteria)[who]

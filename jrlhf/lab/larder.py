@@ -248,7 +248,8 @@ def gold_scores(
 
 def larder_gold(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> np.ndarray:
     """The gold reward [N] float32: helpful + harmless + style."""
-    return sum(gold_scores(prompts, completions, rows).values())
+    helpful, harmless, style = gold_scores(prompts, completions, rows).values()
+    return helpful + harmless + style
 
 
 def gold_maximum(prompts: Sequence[str]) -> np.ndarray:
@@ -334,6 +335,7 @@ def _stable_hash(text: str) -> int:
 
 _ORDINARY = tuple(item for item in ITEMS if item not in REWARD_MODEL_ITEMS)
 _SAFE = tuple(item for item in _ORDINARY if item not in HAZARDS)
+_FAMILIAR = tuple(instruction for instruction in INSTRUCTIONS if instruction != HELD_OUT_INSTRUCTION)
 
 
 @cache
@@ -359,7 +361,7 @@ class _Family(NamedTuple):
     """The requests of a split; its prompts draw the count, the instruction and the items uniformly."""
 
     counts: tuple[int, ...] = (1, 2, 2, 3, 3, 3)  # more often long: there are few short requests
-    instructions: tuple[str, ...] = tuple(i for i in INSTRUCTIONS if i != HELD_OUT_INSTRUCTION)
+    instructions: tuple[str, ...] = _FAMILIAR
     items: tuple[str, ...] = _ORDINARY
     reserved: bool | None = None  # None: the family is not cut into a training and an evaluation part
     held_out_pair: bool = False

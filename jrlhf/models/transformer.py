@@ -8,7 +8,7 @@ Parameters are a plain dict:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -141,7 +141,7 @@ class Model:
         segment_ids_BT = segment_ids_BT.astype(jnp.int32)
         if positions_BT is None:
             positions_BT = positions_from_mask(segment_ids_BT != 0)
-        return self._decoder().apply({"params": params}, tokens_BT, positions_BT, causal_mask(segment_ids_BT))
+        return _apply(self._decoder(), params, tokens_BT, positions_BT, causal_mask(segment_ids_BT))
 
     def lm_kernel(self, params: Params) -> jax.Array:
         """[D, V] float32: the head that makes logits of hidden states."""
@@ -205,14 +205,17 @@ class Model:
         `mask_BTS` says which slots each new token sees. Prefill is the call with T = prompt length.
         """
         c = self.config
-        x_BTD = Embed(c).apply({"params": decode_params["embed"]}, tokens_BT)
+        x_BTD = _apply(Embed(c), decode_params["embed"], tokens_BT)
         new_cache = []
         for layer, layer_cache in zip(decode_params["layers"], cache, strict=True):
-            x_BTD, layer_cache = Block(c).apply(
-                {"params": layer}, x_BTD, positions_BT, mask_BTS, layer_cache, slot
-            )
+            x_BTD, layer_cache = _apply(Block(c), layer, x_BTD, positions_BT, mask_BTS, layer_cache, slot)
             new_cache.append(layer_cache)
-        return RMSNorm(c.norm_eps).apply({"params": decode_params["final_norm"]}, x_BTD), new_cache
+        return _apply(RMSNorm(c.norm_eps), decode_params["final_norm"], x_BTD), new_cache
+
+
+def _apply(module: nn.Module, params: Params, *args) -> Any:
+    """The module's result. Flax's `apply` is typed as if it might return updated variables beside it."""
+    return module.apply({"params": params}, *args)
 
 
 def with_scalar_head(params: Params, key: jax.Array) -> Params:

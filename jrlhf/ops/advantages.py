@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from jrlhf.types import Array
 
-def gae(
-    rewards: jax.Array, values: jax.Array, mask: jax.Array, gamma: float, lam: float
-) -> tuple[jax.Array, jax.Array]:
+
+def gae(rewards: Array, values: Array, mask: Array, gamma: float, lam: float) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) along the last axis.
 
     rewards, values, mask [B, T] -> (advantages, returns) [B, T] float32, both 0 where masked:
@@ -32,7 +32,7 @@ def gae(
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def group_advantages(rewards: jax.Array, group_size: int, std: bool = True) -> jax.Array:
+def group_advantages(rewards: Array, group_size: int, std: bool = True) -> jax.Array:
     """Rewards relative to their group (GRPO, Shao et al. 2024, §4.1.2), [N] -> [N] float32.
 
     A group is `group_size` consecutive answers to one prompt. `std=True` divides by the group's sample
@@ -49,7 +49,7 @@ def group_advantages(rewards: jax.Array, group_size: int, std: bool = True) -> j
     return centred.reshape(-1)
 
 
-def rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
+def rloo_advantages(rewards: Array, group_size: int) -> jax.Array:
     """Reward minus the mean of the *other* answers to the same prompt, [N] -> [N] float32.
 
     REINFORCE leave-one-out (Ahmadian et al. 2024, eq. 8): an unbiased baseline without a critic. Groups are
@@ -60,9 +60,9 @@ def rloo_advantages(rewards: jax.Array, group_size: int) -> jax.Array:
     return (groups - others).reshape(-1)
 
 
-def _groups(rewards: jax.Array, group_size: int) -> jax.Array:
+def _groups(rewards: Array, group_size: int) -> jax.Array:
     if group_size < 2:
         raise ValueError(f"a group baseline needs at least 2 answers per prompt, got group_size={group_size}")
     if rewards.ndim != 1 or rewards.shape[0] % group_size:
         raise ValueError(f"rewards of shape {rewards.shape} are not whole groups of {group_size}")
-    return rewards.astype(jnp.float32).reshape(-1, group_size)
+    return jnp.asarray(rewards, jnp.float32).reshape(-1, group_size)

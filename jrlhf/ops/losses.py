@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from jrlhf.ops.masking import masked_mean
+from jrlhf.types import Array
 
-Scalar = jax.Array | float
+Scalar = Array | float
 
 
-def language_model_loss(logprobs: jax.Array, mask: jax.Array, denominator: Scalar | None = None) -> jax.Array:
+def language_model_loss(logprobs: Array, mask: Array, denominator: Scalar | None = None) -> jax.Array:
     """Negative log-likelihood per unmasked token; logprobs, mask [...] -> scalar."""
     return -masked_mean(logprobs, mask, denominator=denominator)
 
 
 def ppo_policy_loss(
-    logprobs: jax.Array,
-    old_logprobs: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
     clip: float | tuple[float, float],
     denominator: Scalar | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -49,10 +50,10 @@ def ppo_policy_loss(
 
 
 def value_loss(
-    values: jax.Array,
-    old_values: jax.Array,
-    returns: jax.Array,
-    mask: jax.Array,
+    values: Array,
+    old_values: Array,
+    returns: Array,
+    mask: Array,
     clip: float,
     denominator: Scalar | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -68,19 +69,19 @@ def value_loss(
     return loss, jax.lax.stop_gradient(clip_frac)
 
 
-def _cross_entropy(logit: jax.Array, target: Scalar) -> jax.Array:
+def _cross_entropy(logit: Array, target: float) -> jax.Array:
     """Of sigmoid(logit) against a probability `target`."""
     return -target * jax.nn.log_sigmoid(logit) - (1.0 - target) * jax.nn.log_sigmoid(-logit)
 
 
 def dpo_loss(
-    policy_chosen: jax.Array,
-    policy_rejected: jax.Array,
-    ref_chosen: jax.Array,
-    ref_rejected: jax.Array,
+    policy_chosen: Array,
+    policy_rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
     beta: float,
     label_smoothing: float = 0.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Array, Array, Array]:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7), four [N] -> three [N].
 
     The inputs are log-probabilities of whole answers: *sums* over tokens, not means. Returns (loss, implicit
@@ -93,12 +94,12 @@ def dpo_loss(
 
 
 def ipo_loss(
-    policy_chosen: jax.Array,
-    policy_rejected: jax.Array,
-    ref_chosen: jax.Array,
-    ref_rejected: jax.Array,
+    policy_chosen: Array,
+    policy_rejected: Array,
+    ref_chosen: Array,
+    ref_rejected: Array,
     tau: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Array, Array, Array]:
     """Identity preference optimisation (Azar et al. 2023, eq. 17): (h - 1/(2τ))², four [N] -> three [N].
 
     h is the difference of log(π/π_ref), of whole answers, between chosen and rejected. Its optimum is
@@ -110,7 +111,7 @@ def ipo_loss(
 
 
 def bradley_terry_loss(
-    chosen: jax.Array, rejected: jax.Array, margin: Scalar = 0.0, label_smoothing: float = 0.0
+    chosen: Array, rejected: Array, margin: Scalar = 0.0, label_smoothing: float = 0.0
 ) -> jax.Array:
     """-log sigmoid(chosen - rejected - margin), rewards [N] -> [N].
 
@@ -120,7 +121,7 @@ def bradley_terry_loss(
     return _cross_entropy(chosen - rejected - margin, 1.0 - label_smoothing)
 
 
-def _pairs(ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pairs(ranks: Array) -> tuple[Array, Array]:
     """Masks [B, K, K] from ranks [B, K]: answer i ranked before answer j; i < j tied. Rank 0 is no answer."""
     i, j = ranks[:, :, None], ranks[:, None, :]
     both = (i > 0) & (j > 0)
@@ -129,9 +130,9 @@ def _pairs(ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def kwise_bradley_terry_loss(
-    scores: jax.Array,
-    ranks: jax.Array,
-    margins: jax.Array | None = None,
+    scores: Array,
+    ranks: Array,
+    margins: Array | None = None,
     label_smoothing: float = 0.0,
     ties: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -164,7 +165,7 @@ def kwise_bradley_terry_loss(
     return loss, pairs, jax.lax.stop_gradient(jnp.sum(correct, axis=(1, 2)))
 
 
-def plackett_luce_loss(scores: jax.Array, ranks: jax.Array) -> jax.Array:
+def plackett_luce_loss(scores: Array, ranks: Array) -> jax.Array:
     """Negative log-likelihood of a whole ranking (Luce 1959; Plackett 1975), scores, ranks [B, K] -> [B].
 
     Σ_i log Σ_{j not ranked before i} exp(s_j) - s_i: the best is drawn by softmax, then the best of the rest.
@@ -180,7 +181,7 @@ def plackett_luce_loss(scores: jax.Array, ranks: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(real, jax.nn.logsumexp(contenders, axis=-1) - scores, 0.0), axis=-1)
 
 
-def centering_loss(scores: jax.Array, ranks: jax.Array | None = None) -> jax.Array:
+def centering_loss(scores: Array, ranks: Array | None = None) -> jax.Array:
     """(r_i + r_j)², averaged over a prompt's pairs, scores [B, K] -> [B] (Eisenstein et al. 2023, §3).
 
     Pairwise losses leave a reward's offset free; this small penalty pins it at 0. Answers of rank 0 are

@@ -6,16 +6,18 @@ Values where the mask is 0 never enter a result, not even when they are NaN or i
 import jax
 import jax.numpy as jnp
 
+from jrlhf.types import Array
+
 Axis = int | tuple[int, ...] | None
 
 
-def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
     """Sum of `x` where `mask` is set, in float32."""
     return jnp.sum(jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0), axis=axis)
 
 
 def masked_mean(
-    x: jax.Array, mask: jax.Array, axis: Axis = None, denominator: jax.Array | float | None = None
+    x: Array, mask: Array, axis: Axis = None, denominator: Array | float | None = None
 ) -> jax.Array:
     """Mean of `x` where `mask` is set: sum(x·mask) / max(sum(mask), 1); 0 where nothing is set.
 
@@ -27,14 +29,14 @@ def masked_mean(
     return masked_sum(x, mask, axis) / jnp.asarray(denominator, jnp.float32)
 
 
-def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+def masked_var(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
     """Population variance (divided by the count) of `x` where `mask` is set."""
     mean = masked_mean(x, mask, axis)
     mean = jnp.expand_dims(mean, axis if axis is not None else tuple(range(x.ndim)))
     return masked_mean(jnp.square(x.astype(jnp.float32) - mean), mask, axis)
 
 
-def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
+def masked_whiten(x: Array, mask: Array, shift_mean: bool = True) -> jax.Array:
     """`x` scaled to unit (population) variance over all set positions, and 0 elsewhere.
 
     `shift_mean=True` also removes the mean (advantages); False keeps it (rewards), so that the sign of a
@@ -48,7 +50,7 @@ def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax
     return jnp.where(mask.astype(bool), whitened, 0.0)
 
 
-def positions_from_mask(mask: jax.Array) -> jax.Array:
+def positions_from_mask(mask: Array) -> jax.Array:
     """Position of each real token among the real ones, [..., T] int32; the same for either padding side.
 
     The first real token has position 0. Padding before it gets 0, padding after the last real token
@@ -57,7 +59,7 @@ def positions_from_mask(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def last_token_index(mask: jax.Array) -> jax.Array:
+def last_token_index(mask: Array) -> jax.Array:
     """Index of the last set position along the last axis, [..., T] -> [...] int32; 0 for an empty row."""
     slots = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return jnp.max(jnp.where(mask.astype(bool), jnp.broadcast_to(slots, mask.shape), 0), axis=-1)

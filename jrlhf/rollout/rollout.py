@@ -30,8 +30,8 @@ def rollout(model: Model, params: Params, prompts: Prompts, key: jax.Array, samp
     r = sampling.max_new_tokens
     chunk = min(CHUNK, r)
     slots = p + -(-r // chunk) * chunk
-    tokens_BP = constrain(prompts.tokens.astype(jnp.int32), "batch", "length")
-    prompt_mask_BP = constrain(prompts.mask.astype(bool), "batch", "length")
+    tokens_BP = constrain(jnp.asarray(prompts.tokens, jnp.int32), "batch", "length")
+    prompt_mask_BP = constrain(jnp.asarray(prompts.mask, bool), "batch", "length")
     decode_params = model.decode_params(params)
     keys_B = row_keys(key, b)
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -49,7 +49,7 @@ def model_meta(folder: Path, head: str = "lm") -> dict[str, Any]:
     return meta
 
 
-def load_model(folder: Path, mesh: Mesh, head: str = "lm", **changes: Any) -> Loaded:
+def load_model(folder: Path, mesh: Mesh, head: Literal["lm", "scalar"] = "lm", **changes: Any) -> Loaded:
     """The model of a stage folder. A reward model's normalisation is folded into its head.
 
     `changes` replace numerics of the saved config that do not touch parameters (remat, attention, dtype).

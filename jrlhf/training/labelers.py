@@ -7,6 +7,7 @@ import numpy as np
 from jrlhf.config import Labeler, UserError
 from jrlhf.lab import rank_by_utility
 from jrlhf.training.rewards import program_reward
+from jrlhf.types import PreferenceRow
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class RewardLabeler(Labeler):
         if not 0 <= self.flip <= 0.5:
             raise UserError(f"RewardLabeler.flip must be in [0, 0.5], got {self.flip}")
 
-    def label(self, rows: list[dict], responses: list[list[str]], seed: int) -> list[dict]:
+    def label(self, rows: list[dict], responses: list[list[str]], seed: int) -> list[PreferenceRow]:
         reward, rng = program_reward(self.reward), np.random.default_rng(seed)
         k = len(responses[0])
         flat = [dict(row, ended=end) for row in rows for end in row.get("ended", [True] * k)]
         scores = reward(
             [row["prompt"] for row in flat], [text for group in responses for text in group], flat
         )
-        out = []
+        out: list[PreferenceRow] = []
         for row, group, values in zip(rows, responses, np.asarray(scores).reshape(-1, k), strict=True):
             ranks = rank_by_utility(
                 values.tolist(),

@@ -171,10 +171,8 @@ def train(
                 pending = (step + 1, metrics, batch)
                 bar.update(step, {k: last[k] for k in show if k in last})
                 done = step + 1
-                evaluating = evaluate is not None and (
-                    done == steps or (config.eval_every > 0 and done % config.eval_every == 0)
-                )
-                if evaluating:
+                due = done == steps or (config.eval_every > 0 and done % config.eval_every == 0)
+                if evaluate is not None and due:
                     flush()
                     evaluated = {k: float(v) for k, v in evaluate(state, done).items()}
                     logger.log(done, evaluated)
@@ -217,7 +215,7 @@ class _Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         self.count += event.endswith("backend_compile_duration")
 
 
@@ -228,5 +226,6 @@ def save_batch(path: Path, batch: Any) -> Path:
     """Every array of a batch by its path, as .npz."""
     leaves = jax.tree_util.tree_flatten_with_path(fetch(batch))[0]
     if leads():
-        np.savez(path, **{"/".join(path_names(p)): np.asarray(x) for p, x in leaves})
+        arrays = {"/".join(path_names(p)): np.asarray(x) for p, x in leaves}
+        np.savez(path, **arrays)  # type: ignore[arg-type]  # the stub takes them for `allow_pickle`
     return path

@@ -33,9 +33,13 @@ def train_offline(
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
-    streaming = isinstance(arrays, StreamFeed)
-    feed = arrays if streaming else BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
-    where = {"position": lambda n: feed.position, "resume_position": feed.restore} if streaming else {}
+    feed: BatchFeed | StreamFeed
+    where: dict[str, Callable] = {}
+    if isinstance(arrays, StreamFeed):
+        feed = arrays
+        where = {"position": lambda n: arrays.position, "resume_position": arrays.restore}
+    else:
+        feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
 
     def do_step(state: TrainState, n: int):
         batch = feed(n)

@@ -43,6 +43,8 @@ def train_online(
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
+    if algorithm.make_batch is None:
+        raise ValueError("this algorithm learns from a dataset: it has no make_batch")
     make_batch = jax.jit(algorithm.make_batch)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     batches = Batches(len(ids), loop.batch_size, ctx.seed)
@@ -66,7 +68,7 @@ def train_online(
         text = (text_feed(n),) if text_feed is not None else ()
         batch = make_batch(state, samples, scores, *text)
         state, metrics = step(state, batch)
-        if need_text:  # the host has waited for the rollout, so that its time is known
+        if texts is not None:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
             extra["perf/tokens_per_s_rollout"] = sum(map(len, texts.ids)) / (rolled - began)
         return state, metrics | extra, batch

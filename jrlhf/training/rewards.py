@@ -61,6 +61,8 @@ def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Toke
     function = program_reward(name)
 
     def score(rollout: Rollout, texts: Texts | None) -> np.ndarray:
+        if texts is None:
+            raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
         values = np.asarray(function(texts.prompts, texts.completions, texts.rows), np.float32)
         if values.shape != (len(texts.prompts),) or not np.isfinite(values).all():
             raise UserError(

@@ -132,9 +132,10 @@ def respond(loaded: Loaded, prompt: str, n: int, seed: int, **sampling: Any) -> 
         raise UserError(
             f"max_new_tokens {config.max_new_tokens} leaves no room in the context of {loaded.model.config.context}"
         )
-    ids = [encode_prompt(prompt, loaded.tokenizer, room).tolist()] * n
-    if not ids[0]:
+    encoded = encode_prompt(prompt, loaded.tokenizer, room)
+    if encoded is None or not len(encoded):
         raise UserError("the prompt is empty, and this tokenizer begins texts with nothing")
+    ids = [encoded.tolist()] * n
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
     sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
     samples = sampler.sample(loaded.params, ids, jax.random.key(seed))

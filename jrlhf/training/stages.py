@@ -127,6 +127,7 @@ class Pretrain(Stage):
             model = Model(check_vocabulary(self.model, tokenizer, "model"))
             length = self.length or model.config.context
             if streams(self.data):
+                kept: SequenceBatch | StreamFeed
                 kept, held = streamed(self, encode_text, tokenizer, length, ctx, mesh)
             else:
                 kept, held = hold_out(text_batch(self.data, tokenizer, length, ctx.console), self.eval_rows)
@@ -209,6 +210,7 @@ class SFT(Stage):
             model, length = loaded.model, self.length or loaded.model.config.context
             check_length(length, model, "length")
             if streams(self.data):
+                kept: SequenceBatch | StreamFeed
                 kept, held = streamed(self, encode_cut_demonstration, loaded.tokenizer, length, ctx, mesh)
             else:
                 arrays = demonstration_batch(self.data, loaded.tokenizer, length, self.too_long, ctx.console)
@@ -218,7 +220,9 @@ class SFT(Stage):
             return {"eval_loss": final_loss(model, params, held, mesh)}
 
 
-def train_language_model(stage, ctx, mesh, model, params, key, kept: SequenceBatch, held: SequenceBatch):
+def train_language_model(
+    stage, ctx, mesh, model, params, key, kept: SequenceBatch | StreamFeed, held: SequenceBatch
+):
     """What Pretrain and SFT share: next-token training and the held-out loss."""
     steps = stage.loop.steps if isinstance(kept, StreamFeed) else stage.loop.total_steps(rows_of(kept))
     algorithm = make_sft(stage.algorithm, model, build_optimizer(stage.optim, steps))
@@ -455,7 +459,8 @@ jitted_scores = jax.jit(preference_scores, static_argnums=0)
 def ordered_pairs(arrays: PreferenceBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, better answer, worse answer) of every pair that is no tie."""
     ranks = arrays.ranks
-    return np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
+    row, better, worse = np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
+    return row, better, worse
 
 
 def check_ordered(held: PreferenceBatch) -> None:
@@ -868,7 +873,9 @@ class Evaluate(Stage):
             slots = prompt_slots(*(ids for _, ids in splits.values()))
             gold = make_reward(self.gold, dict(ctx.parents), mesh, base.tokenizer)
             proxy = make_reward(self.proxy, dict(ctx.parents), mesh, base.tokenizer) if self.proxy else None
-            measured, criteria, kept = {}, {}, {}
+            measured: dict[str, dict] = {}
+            criteria: dict[str, dict] = {}
+            kept = {}
             total = len(self.policies) * sum(len(ids) for _, ids in splits.values()) * self.samples
             done = 0
             with progress(ctx.console, total, f"{ctx.name}: sampling") as bar:

@@ -347,7 +347,7 @@ def test_over_optimisation_is_named(summary):
 
 def test_a_resumed_run_counts_a_step_once(finished_run, tmp_path):
     run = finished_run(tmp_path, policies=("sft", "ppo"), prompts=4, updates=3)
-    file = run / json.loads((run / "stages.json").read_text())["ppo"]["0"] / "metrics.jsonl"
+    file = run.parent / json.loads((run / "stages.json").read_text())["ppo"]["0"] / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 3, "kl/ref_k1": 7.5}\n')
     stage = next(stage for stage in summarize([run]).runs[0].stages if stage.name == "ppo")
     steps, values = stage.curves["kl/ref_k1"]

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from conftest import QUIET, folders, jsonl, one_device, only
+from tiny_runs import QUIET, folders, jsonl, lasting, one_device, only
 
 from jrlhf.checkpoint import load_params
 from jrlhf.cli import EXIT_PREEMPTED
@@ -85,14 +85,13 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def lasting(folder: Path) -> list[dict]:
-    """The metrics without clocks. JSON keeps every digit, so equal lines are equal bits."""
-    rows = jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+def metrics(folder: Path) -> list[dict]:
+    """As they stand in the file. JSON keeps every digit, so equal lines are equal bits."""
+    return [lasting(row) for row in jsonl(folder / "metrics.jsonl")]
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    assert lasting(ours) == lasting(theirs)
+    assert metrics(ours) == metrics(theirs)
     a, b = (load_params(folder / "model")[0] for folder in (ours, theirs))
     jax.tree.map(np.testing.assert_array_equal, a, b)
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from conftest import QUIET, evaluated, folders, trained
 from helpers import assert_close
+from tiny_runs import QUIET, evaluated, folders, trained
 
 from jrlhf.checkpoint import load_params
 from jrlhf.config import UserError

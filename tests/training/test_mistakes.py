@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from conftest import QUIET, folders, one_device, only
+from tiny_runs import QUIET, folders, one_device, only
 
 from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.algorithms.sft import SFTConfig
@@ -470,7 +470,7 @@ def odd_labeler(*rows: dict) -> Labeler:
     ],
 )
 def test_a_labeller_that_returns_something_else(row, expected, one_device_run, tmp_path, monkeypatch):
-    from conftest import folders
+    from tiny_runs import folders
 
     from jrlhf.config import StageContext
 

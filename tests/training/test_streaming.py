@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import tiny
-from conftest import QUIET, folders, only, trained
+from tiny_runs import QUIET, folders, only, trained
 
 from jrlhf.config import STOP, Preempted, Source, UserError
 from jrlhf.data.sources import HubSource

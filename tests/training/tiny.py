@@ -39,7 +39,7 @@ experiment = Experiment(
             tokenizer=TokenizerConfig(model_type="word", vocab_size=128, texts=(LarderVocabulary(),)),
             model=ModelConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_ff=32, context=40),
             optim=adam,
-            loop=loop(6, eval_every=3),
+            loop=loop(6, eval_every=2),
             eval_rows=8,
         ),
         "sft": SFT(

@@ -1,0 +1,78 @@
+"""How the tests of this folder run the tiny experiment, and read what it left."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from jrlhf.config import MeshConfig
+from jrlhf.experiment import stage_folders
+from jrlhf.metrics import read_metrics
+from jrlhf.sharding import make_mesh
+from jrlhf.training import stages
+
+QUIET = Console(quiet=True)
+
+
+@contextmanager
+def quick_compilation():
+    """These models take longer to compile than to train: leave out what the compiler need not do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@contextmanager
+def one_device():
+    """Stages make their mesh of the first device alone, whatever their config says."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(stages, "make_mesh", lambda config: make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    yield
+    patch.undo()
+
+
+def only(*names: str, **changed):
+    """The tiny experiment with these stages, some of them changed."""
+    kept = {name: tiny.experiment.stages[name] for name in names}
+    return replace(tiny.experiment, stages=kept | changed)
+
+
+def folders(run_folder: Path, seed: str = "0") -> dict[str, Path]:
+    return {name: seeds[seed] for name, seeds in stage_folders(run_folder).items()}
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def trained(folder: Path) -> list[dict]:
+    """The lines of the train steps, without those of evaluations."""
+    return [row for row in read_metrics(folder) if "time/step" in row]
+
+
+def evaluated(folder: Path) -> list[dict]:
+    return [row for row in read_metrics(folder) if "time/step" not in row]
+
+
+def lasting(row: dict) -> dict:
+    """A line of metrics without what depends on the clock, the process or the machine."""
+    return {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+
+
+def assert_close_metrics(ours: list[dict], theirs: list[dict], rtol: float, atol: float) -> None:
+    """The same lines within a tolerance. In a first step of DPO the policy is the reference, so that rounding decides
+    which of two equal gains is larger."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(map(lasting, ours), map(lasting, theirs), strict=True):
+        assert list(a) == list(b)
+        kept = [name for name in a if name != "pref/acc" or a["step"] > 1]
+        np.testing.assert_allclose(
+            [a[name] for name in kept], [b[name] for name in kept], rtol=rtol, atol=atol, err_msg=str(kept)
+        )
