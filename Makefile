@@ -9,7 +9,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/jrlhf run experiments/larder/ppo_vs_dpo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
