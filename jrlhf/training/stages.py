@@ -383,7 +383,7 @@ class RewardModel(Stage):
     preferences: str = stage_ref("")
     data: Source | None = None
     eval_data: Source | None = None  # held-out preferences; None: a share of the prompts
-    optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine")
+    optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=50)
     algorithm: RewardModelConfig = RewardModelConfig()
     eval_fraction: float = 0.1  # of the prompts (all their rows) are kept for evaluation
     max_length: int = 0  # tokens of prompt and answer; 0: the longest in the data
@@ -643,7 +643,7 @@ class DPO(Stage):
     preferences: str = stage_ref("")
     data: Source | None = None
     pairs: Literal["all", "best_worst"] = "all"  # of each prompt's ranked answers
-    optim: OptimConfig = OptimConfig(lr=1e-4, schedule="cosine")
+    optim: OptimConfig = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=20)
     algorithm: DPOConfig = DPOConfig()
     eval_fraction: float = 0.1  # of the prompts, for held-out implicit accuracy
     eval_prompts: Source | None = None  # sampled from during training: an offline method drifts too
@@ -1056,6 +1056,7 @@ def training_plan(config: ModelConfig, loop: LoopConfig, rows: int, length: int,
 
 
 def preference_plan(stage, ctx: StageContext) -> Plan:
+    """Of a stage on preferences: batch rows are prompts with all their answers, or for DPO ordered pairs."""
     config = start_config(ctx, stage.start)
     rows, answers = source_size(stage.data), 2
     if stage.preferences:
@@ -1065,4 +1066,9 @@ def preference_plan(stage, ctx: StageContext) -> Plan:
                 f"stages.{ctx.name}: no preferences come from {stage.preferences!r} ({type(parent).__name__})"
             )
         rows, answers = source_size(parent.prompts), parent.responses
+    if getattr(stage, "eval_data", None) is None:
+        rows = round(rows * (1 - stage.eval_fraction))
+    if isinstance(stage, DPO):
+        rows *= answers * (answers - 1) // 2 if stage.pairs == "all" else 1
+        answers = 2
     return training_plan(config, stage.loop, rows, stage.max_length or config.context, answers)
