@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         if debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print("\n".join([f"error: {e}", *getattr(e, "__notes__", ())]), file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as e:
         print(f"stopped ({e}); saved. Run the same command to go on.", file=sys.stderr)

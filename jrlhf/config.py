@@ -148,6 +148,9 @@ class Stage:
     def validate(self, names: tuple[str, ...]) -> None:
         """Raise UserError if the fields do not fit together. `names` are the experiment's stages."""
 
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Raise UserError if the stage cannot run on the devices that there are. Called before any stage runs."""
+
     def files(self) -> tuple[str, ...]:
         """Local files (or folders) whose content is part of the fingerprint: those of nested Sources."""
         found = (f for part in _nested(self) if isinstance(part, Source) for f in part.files())

@@ -361,6 +361,11 @@ def run(
     console = console or Console(quiet=not _leads())
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
+    for name, stage in experiment.stages.items():
+        try:
+            stage.check_mesh(experiment.mesh)
+        except UserError as e:
+            raise UserError(f"stages.{name}: {e}") from e
     forced = _forced(experiment, force)
     folder = run_folder(experiment, runs_dir)
     env = environment()

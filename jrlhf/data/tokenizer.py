@@ -161,7 +161,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.get_piece_size()
 
     def _decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        # A model's vocabulary may be padded beyond the tokenizer's; those ids have no text.
+        return self._model.decode([i for i in ids if i < self.vocab_size])
 
     def _lookup(self, token: str) -> int | None:
         found = self._model.piece_to_id(token)  # the unknown id for an unknown piece

@@ -48,7 +48,7 @@ from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
 from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import leads, make_mesh, state_shardings
+from jrlhf.sharding import check_batch, leads, make_mesh, state_shardings
 from jrlhf.training.artifacts import Loaded, check_vocabulary, load_model, model_meta, save_model
 from jrlhf.training.data import (
     Later,
@@ -78,6 +78,14 @@ TooLong = Literal["error", "drop", "truncate"]
 TooLongPrompt = Literal["error", "drop", "truncate_left"]
 
 
+@dataclass(frozen=True)
+class TrainingStage(Stage):
+    """A stage with a loop: its batches must divide over the mesh."""
+
+    def check_mesh(self, mesh):
+        check_batch(make_mesh(mesh), self.loop.batch_size, "loop.batch_size")
+
+
 # --- 1. a language model --------------------------------------------------------------------------------------
 
 
@@ -92,7 +100,7 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class Pretrain(Stage):
+class Pretrain(TrainingStage):
     """Raw text -> tokenizer and language model. Documents are packed; every token is learned."""
 
     data: Source
@@ -183,7 +191,7 @@ class Checkpoint(Stage):
 
 
 @dataclass(frozen=True)
-class SFT(Stage):
+class SFT(TrainingStage):
     """Supervised fine-tuning on demonstrations; the loss is on completions and their EOS."""
 
     start: str = stage_ref()
@@ -375,7 +383,7 @@ def check_one_of(stage) -> None:
 
 
 @dataclass(frozen=True)
-class RewardModel(Stage):
+class RewardModel(TrainingStage):
     """The SFT model with a scalar head, trained on preferences and normalised to mean 0, std 1."""
 
     start: str = stage_ref()
@@ -515,7 +523,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class PPO(Stage):
+class PPO(TrainingStage):
     """Reinforcement learning from the reward model (or a program), with a KL penalty to the start policy."""
 
     start: str = stage_ref()
@@ -635,7 +643,7 @@ class PPO(Stage):
 
 
 @dataclass(frozen=True)
-class DPO(Stage):
+class DPO(TrainingStage):
     """Direct preference optimisation on the same preferences, without a reward model or rollouts."""
 
     start: str = stage_ref()

@@ -1,7 +1,7 @@
 """Kill a run anywhere, run the same command again: what it leaves is what an uninterrupted run would have left.
 
 One run of the command line is struck six times in its own process, by SIGKILL at moments that leave the worst behind,
-and once by SIGTERM. It is then compared with the pipeline that nothing interrupted.
+and once by SIGTERM. It is then compared with a run of the same command that nothing interrupted.
 """
 
 import os
@@ -79,6 +79,15 @@ def struck(tmp_path_factory) -> Struck:
     return Struck(folders(run_folder(tiny.experiment, runs)), output)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The run folder of the same command, let alone."""
+    runs = tmp_path_factory.mktemp("uninterrupted") / "runs"
+    done = start(runs, "")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_folder(tiny.experiment, runs)
+
+
 def damage(checkpoint: Path) -> None:
     """Cut the largest file of a checkpoint in half."""
     file = max(checkpoint.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
@@ -105,8 +114,8 @@ def test_every_strike_hit_the_stage_it_was_meant_for(struck):
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "reward_model", "ppo", "dpo"])
-def test_metrics_and_parameters_are_those_of_an_uninterrupted_run(struck, pipeline, name):
-    assert_same(struck.folders[name], folders(pipeline)[name])
+def test_metrics_and_parameters_are_those_of_an_uninterrupted_run(struck, uninterrupted, name):
+    assert_same(struck.folders[name], folders(uninterrupted)[name])
 
 
 @pytest.mark.parametrize(
@@ -119,8 +128,8 @@ def test_metrics_and_parameters_are_those_of_an_uninterrupted_run(struck, pipeli
         ("evaluate", "evaluation.json"),
     ],
 )
-def test_tables_are_those_of_an_uninterrupted_run(struck, pipeline, name, file):
-    assert (struck.folders[name] / file).read_bytes() == (folders(pipeline)[name] / file).read_bytes()
+def test_tables_are_those_of_an_uninterrupted_run(struck, uninterrupted, name, file):
+    assert (struck.folders[name] / file).read_bytes() == (folders(uninterrupted)[name] / file).read_bytes()
 
 
 def test_a_checkpoint_that_was_being_written_is_not_used(struck):
