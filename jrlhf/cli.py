@@ -134,7 +134,9 @@ _MODEL = "RUN[:STAGE[:SEED]], a stage folder, or a Hugging Face checkpoint (fold
 
 def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=_MODEL)
-    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument(
+        "--max-new-tokens", type=int, help="longest answer (default: what fits the context, at most 256)"
+    )
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--top-k", type=int, default=0, help="0: all tokens")
@@ -386,7 +388,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
     for name, ok, what in (
-        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("max_new_tokens", options.max_new_tokens is None or options.max_new_tokens >= 1, "at least 1"),
         ("temperature", 0 <= options.temperature < float("inf"), "at least 0"),
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, "at least 0"),

@@ -324,7 +324,7 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert path.is_dir()
     assert (a, b) == ("a", "b")
     assert {k: sampling[k] for k in ("n", "top_k", "temperature", "top_p", "max_new_tokens", "seed")} == {
-        "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 128, "seed": 0,
+        "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": None, "seed": 0,
     }  # fmt: skip
     assert chatted == Path("runs") / index["ppo"]["0"]
     assert options["seed"] == 3

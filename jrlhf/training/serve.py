@@ -124,18 +124,21 @@ def load_any(folder: Path) -> Loaded:
     return Loaded(model, params, load_tokenizer(folder), {})
 
 
-def respond(loaded: Loaded, prompt: str, n: int, seed: int, **sampling: Any) -> list[str]:
-    """`n` answers to one prompt. Raises UserError when prompt and answer do not fit the context."""
-    config = SamplingConfig(**sampling)
-    room = loaded.model.config.context - config.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room in the context of {loaded.model.config.context}"
-        )
-    encoded = encode_prompt(prompt, loaded.tokenizer, room)
+def respond(
+    loaded: Loaded, prompt: str, n: int, seed: int, max_new_tokens: int | None = None, **sampling: Any
+) -> list[str]:
+    """`n` answers to one prompt, each as long as fits (at most 256 tokens) unless a length is given.
+
+    Raises UserError when prompt and answer do not fit the context.
+    """
+    context = loaded.model.config.context
+    if (max_new_tokens or 1) >= context:
+        raise UserError(f"max_new_tokens {max_new_tokens} leaves no room in the context of {context}")
+    encoded = encode_prompt(prompt, loaded.tokenizer, context - (max_new_tokens or 1))
     if encoded is None or not len(encoded):
         raise UserError("the prompt is empty, and this tokenizer begins texts with nothing")
     ids = [encoded.tolist()] * n
+    config = SamplingConfig(max_new_tokens or min(256, context - len(encoded)), **sampling)
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
     sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
     samples = sampler.sample(loaded.params, ids, jax.random.key(seed))
