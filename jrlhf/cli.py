@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         if debug:
             raise
-        print("\n".join([f"error: {e}", *getattr(e, "__notes__", ())]), file=sys.stderr)
+        print(
+            " ".join([f"error: {e}", *(f"({note})" for note in getattr(e, "__notes__", ()))]), file=sys.stderr
+        )
         return EXIT_USER_ERROR
     except Preempted as e:
         print(f"stopped ({e}); saved. Run the same command to go on.", file=sys.stderr)

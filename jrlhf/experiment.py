@@ -361,12 +361,12 @@ def run(
     console = console or Console(quiet=not _leads())
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
-    for name, stage in experiment.stages.items():
+    forced = _forced(experiment, force)
+    for name in dict.fromkeys(t.name for t in todo if t.status != "finished" or t.name in forced):
         try:
-            stage.check_mesh(experiment.mesh)
+            experiment.stages[name].check_mesh(experiment.mesh)
         except UserError as e:
             raise UserError(f"stages.{name}: {e}") from e
-    forced = _forced(experiment, force)
     folder = run_folder(experiment, runs_dir)
     env = environment()
     results: dict[str, dict[str, Any]] = {}

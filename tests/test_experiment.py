@@ -194,7 +194,7 @@ def test_a_bad_graph_is_refused_before_anything_runs(experiment, message, tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("RewardModel", "reward-model"), ("PPO", "ppo"), ("BestOfN", "best-of-n"), ("SFT", "sft")],
+    [("ToyModel", "toy-model"), ("TOY", "toy"), ("BestOfToy", "best-of-toy"), ("ToyN", "toy-n")],
 )
 def test_kind(name, expected):
     assert kind(type(name, (Stage,), {})()) == expected
