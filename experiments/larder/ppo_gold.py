@@ -2,6 +2,7 @@
 
 Command    jrlhf run experiments/larder/ppo_gold.py
 Hardware   two CPU cores, 2 GiB of memory
+Time       about 4 minutes
 Expected   at least 88% of the maximum at KL <= 2.5 nats within 100 updates of 128 answers
 """
 
