@@ -8,7 +8,7 @@ import numpy as np
 
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
-from jrlhf.sharding import constrain
+from jrlhf.sharding import constrain, fetch
 from jrlhf.types import Params, Prompts, Rollout
 
 CHUNK = 4  # tokens between two looks at whether every row has ended
@@ -106,8 +106,8 @@ def pad_prompts(ids: list[list[int]], length: int, pad_id: int) -> Prompts:
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-    """Each row's sampled token ids (stop token included), on the host."""
-    tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+    """Each row's sampled token ids (stop token included), whole on every host."""
+    tokens, mask = fetch((rollout.tokens, rollout.response_mask))
     return [
         row[m].tolist() for row, m in zip(tokens[:, tokens.shape[1] - mask.shape[1] :], mask, strict=True)
     ]

@@ -16,7 +16,8 @@ from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
-from jrlhf.sharding import batch_ways, fetch, leads, put_batch, take_batch
+from jrlhf.sharding import batch_ways, fetch, leads, put_batch
+from jrlhf.training.data import in_chunks
 from jrlhf.training.rewards import Reward, Texts, read_texts
 from jrlhf.types import Params, Rollout
 
@@ -92,14 +93,7 @@ def response_logprobs(model: Model, temperature: float, params, tokens, mask, re
 
 def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.ndarray:
     """`f` over a host rollout, SAMPLE_ROWS rows at a time, results on the host."""
-    n = len(samples.tokens)
-    size = chunk_rows(n, mesh)
-    out = []
-    for start in range(0, n, size):
-        index = np.arange(start, start + size)
-        index[index >= n] = 0  # the last piece is filled up, and cut again below
-        out.append(np.asarray(fetch(f(take_batch(mesh, samples, index)))))
-    return np.concatenate(out)[:n]
+    return in_chunks(f, samples, chunk_rows(len(samples.tokens), mesh), mesh)
 
 
 def score(reward: Reward, samples: Rollout, texts: Texts, mesh: Mesh) -> np.ndarray:

@@ -13,6 +13,7 @@ from jrlhf.config import UserError, did_you_mean
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
+from jrlhf.rollout.rollout import response_ids
 from jrlhf.sharding import fetch
 from jrlhf.training.artifacts import load_model
 from jrlhf.types import RewardFn, Rollout
@@ -79,8 +80,7 @@ jitted_scores = jax.jit(sequence_scores, static_argnums=0)
 
 def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Texts:
     """Decode a rollout, whole on every host."""
-    tokens, mask, ended = fetch((rollout.tokens, rollout.response_mask, rollout.ended))
-    ids = [t[m].tolist() for t, m in zip(tokens[:, -mask.shape[1] :], mask, strict=True)]
+    ids, ended = response_ids(rollout), fetch(rollout.ended)
     return Texts(
         prompts=[row["prompt"] for row in rows],
         completions=[tokenizer.decode(i) for i in ids],

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +13,7 @@ from jrlhf.config import MeshConfig, UserError
 from jrlhf.data.batching import encode_prompt
 from jrlhf.data.tokenizer import load_tokenizer
 from jrlhf.models.hf import load_hf, resolve_checkpoint, save_hf
+from jrlhf.rollout.rollout import response_ids
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, has_model, load_model
@@ -142,8 +142,4 @@ def respond(
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
     sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
     samples = sampler.sample(loaded.params, ids, jax.random.key(seed))
-    start = samples.tokens.shape[1] - samples.response_mask.shape[1]
-    return [
-        loaded.tokenizer.decode(np.asarray(t[start:])[m])
-        for t, m in zip(samples.tokens, samples.response_mask, strict=True)
-    ]
+    return [loaded.tokenizer.decode(row) for row in response_ids(samples)]
