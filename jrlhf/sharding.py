@@ -164,10 +164,6 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
-def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    return jax.device_put(tree, replicated(mesh))
-
-
 def check_batch(mesh: Mesh, size: int, field: str) -> None:
     """UserError at config time when a batch does not split evenly over the mesh."""
     ways = batch_ways(mesh)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jrlhf.models.transformer import Model
+from jrlhf.ops.losses import language_model_loss
+from jrlhf.ops.masking import masked_mean
 from jrlhf.ops.microbatch import value_and_grad_rows
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm, SequenceBatch, TrainState
@@ -22,9 +24,12 @@ class SFTConfig:
 def sft_loss(model: Model, params, batch: SequenceBatch, denominator):
     """Cross-entropy summed over the batch's target tokens / denominator (target tokens of the global batch)."""
     logprobs, entropy = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
-    mask = batch.loss_mask[:, 1:].astype(jnp.float32)
-    loss = -jnp.sum(logprobs * mask) / denominator
-    return loss, ({"train/loss": loss, "policy/entropy": jnp.sum(entropy * mask) / denominator}, {})
+    mask = batch.loss_mask[:, 1:]
+    loss = language_model_loss(logprobs, mask, denominator)
+    return loss, (
+        {"train/loss": loss, "policy/entropy": masked_mean(entropy, mask, denominator=denominator)},
+        {},
+    )
 
 
 def target_tokens(batch: SequenceBatch):

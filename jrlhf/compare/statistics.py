@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from jrlhf.ops.intervals import wilson_interval
+
 Scores = Sequence[Sequence[Sequence[float]]]  # [S][P][N]
 RESAMPLES = 2000
 
@@ -80,13 +82,6 @@ def win_rate(a: Scores, b: Scores, confidence: float = 0.95) -> Interval:
     return _rate(np.array(wins), confidence)
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """An accuracy from independent trials (Wilson 1927); sound near 0 and 1 and for few trials."""
-    test = stats.binomtest(successes, trials)
-    low, high = test.proportion_ci(confidence, method="wilson")
-    return Interval(successes / trials, float(low), float(high))
-
-
 def interquartile_mean(scores: Scores) -> float | None:
     """The mean of the middle half of the seeds' means (Agarwal et al. 2021), robust to one failed seed.
 
@@ -109,7 +104,7 @@ def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _rate(means: np.ndarray, confidence: float) -> Interval:
     if np.all(means == 0) or np.all(means == 1):
         prompts = means.shape[1]
-        return wilson_interval(prompts if means[0, 0] else 0, prompts, confidence)
+        return Interval(means[0, 0], *wilson_interval(prompts if means[0, 0] else 0, prompts, confidence))
     value, low, high = _interval(means, confidence)
     return Interval(value, max(low, 0.0), min(high, 1.0)) if np.isfinite(low) else Interval(value, low, high)
 

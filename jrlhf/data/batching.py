@@ -216,6 +216,11 @@ def pack(
     return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions, "loss_mask": loss_mask}
 
 
+def document_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """BOS + text + EOS."""
+    return [*_bos(tokenizer), *tokenizer.encode(text), tokenizer.eos_ids[0]]
+
+
 def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
     """Documents for pretraining, BOS + text + EOS, as `pack` does; every token but the first is a target.
 
@@ -226,7 +231,7 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[
         raise UserError(f"length is {length}; a row needs at least 2 tokens to have a target.")
     pieces = []
     for text in texts:
-        ids = [*_bos(tokenizer), *tokenizer.encode(text), tokenizer.eos_ids[0]]
+        ids = document_ids(text, tokenizer)
         starts = range(0, max(len(ids) - 1, 1), length - 1)
         pieces += [_example([], ids[start : start + length]) for start in starts]
     if not pieces:

@@ -17,6 +17,7 @@ from jrlhf.data.batching import (
     Batches,
     Example,
     StreamBatches,
+    document_ids,
     encode_demonstration,
     encode_preference,
     encode_prompt,
@@ -222,8 +223,7 @@ def one_per_row(examples: list[Example], length: int, pad_id: int) -> SequenceBa
 def encode_text(row: dict, tokenizer: Tokenizer, length: int) -> Example:
     """A document of a stream: BOS + text + EOS, cut at `length`; every token but the first is a target."""
     row = check_row(row, "text", "stream")
-    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = np.asarray([*bos, *tokenizer.encode(row["text"]), tokenizer.eos_ids[0]][:length], np.int32)
+    ids = np.asarray(document_ids(row["text"], tokenizer)[:length], np.int32)
     return Example(ids, np.arange(len(ids)) > 0)
 
 

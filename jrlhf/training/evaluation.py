@@ -153,3 +153,18 @@ class Probe:
                 }
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         unfinished.rename(path)
+
+
+def criteria_accuracy(scores: np.ndarray, rows: list[dict]) -> dict[str, float]:
+    """How often scores order two answers of a prompt as each criterion that the rows carry does.
+
+    scores: [N, K] in the order of `rows` (at most their answers). Pairs that a criterion ties are left out.
+    """
+    right: dict[str, list[float]] = {}
+    for row, values in zip(rows, scores, strict=True):
+        for name, criterion in row.get("criteria", {}).items():
+            c = np.asarray(criterion, np.float64)
+            i, j = np.triu_indices(len(c), 1)
+            gap, wanted = values[i] - values[j], np.sign(c[i] - c[j])
+            right.setdefault(name, []).extend((0.5 + 0.5 * np.sign(gap) * wanted)[wanted != 0].tolist())
+    return {name: float(np.mean(v)) for name, v in right.items() if v}

@@ -19,7 +19,7 @@ from jrlhf.optim import OptimConfig
 from jrlhf.training.data import BatchFeed, demonstration_batch
 from jrlhf.training.loop import LoopConfig, guarded, is_finite
 from jrlhf.training.serve import load_any
-from jrlhf.training.stages import hold_out
+from jrlhf.training.stages.language_model import hold_out
 from jrlhf.types import TrainState
 
 EXPLODING = OptimConfig(lr=1e30)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only
+from tiny_runs import QUIET, folders, one_device, only, use_mesh
 
 from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.algorithms.sft import SFTConfig
@@ -24,7 +24,7 @@ from jrlhf.metrics import MetricLogger
 from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training import rewards, stages
+from jrlhf.training import rewards
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import DPO, SFT, Checkpoint, RewardModel, TokenizerConfig
 
@@ -413,7 +413,7 @@ def test_refused_by_the_stage(name, one_device_run, one_device_runs, tmp_path):
 def test_a_mesh_that_does_not_fit(
     mesh, devices, name, expected, one_device_run, one_device_runs, monkeypatch
 ):
-    monkeypatch.setattr(stages, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+    use_mesh(monkeypatch, lambda config: make_mesh(config, jax.devices()[:devices]))
     bad = replace(STAGES[name], loop=tiny.loop(1, 12), **({"eval_prompts": None} if name == "ppo" else {}))
     with pytest.raises(UserError) as error:
         run(replace(only(*BEFORE, bad=bad), mesh=mesh), one_device_runs, console=QUIET)

@@ -24,7 +24,7 @@ from jrlhf.training.evaluation import Sampler, score
 from jrlhf.training.labelers import RewardLabeler
 from jrlhf.training.loop import stage_key
 from jrlhf.training.rewards import REWARDS, make_reward, read_texts, repeat_rate
-from jrlhf.training.stages import ordered_pairs, wilson
+from jrlhf.training.stages.reward_model import ordered_pairs
 from jrlhf.types import PreferenceBatch, Rollout
 
 PPO = tiny.experiment.stages["ppo"]
@@ -235,14 +235,6 @@ def test_texts_hold_what_was_sampled_and_whether_it_ended(one_device_run, mesh):
     assert texts.ids == [[*words, end], [*words, *words[:2]]]
     assert [row["ended"] for row in texts.rows] == [True, False]
     assert texts.rows[0]["answer"] == "x"
-
-
-def test_wilson_against_the_closed_form():
-    for right, n in ((8, 10), (0, 5), (50, 100)):
-        z, p = 1.959964, right / n
-        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        assert wilson(right, n) == pytest.approx((max(middle - half, 0), middle + half), abs=1e-5)
 
 
 # --- a labeller of any program reward -----------------------------------------------------------------------

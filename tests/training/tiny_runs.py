@@ -29,11 +29,18 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def use_mesh(patch: pytest.MonkeyPatch, make) -> None:
+    """Every stage makes its mesh by `make(config)`."""
+    for module in vars(stages).values():
+        if hasattr(module, "make_mesh"):
+            patch.setattr(module, "make_mesh", make)
+
+
 @contextmanager
 def one_device():
     """Stages make their mesh of the first device alone, whatever their config says."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(stages, "make_mesh", lambda config: make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    use_mesh(patch, lambda config: make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     yield
     patch.undo()
 

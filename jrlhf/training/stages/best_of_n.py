@@ -1,0 +1,101 @@
+"""Best-of-n: rerank samples by the reward."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jrlhf.config import (
+    Source,
+    Stage,
+    StageContext,
+    UserError,
+    stage_ref,
+    stage_ref_or_name,
+)
+from jrlhf.metrics import progress
+from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import load_model
+from jrlhf.training.evaluation import Sampler, prompt_slots, score
+from jrlhf.training.loop import stage_key
+from jrlhf.training.rewards import make_reward, read_texts
+from jrlhf.training.stages.common import (
+    TooLongPrompt,
+    check_reward,
+    source_size,
+    start_config,
+    usable_prompts,
+    write_text,
+)
+from jrlhf.types import Plan
+
+
+@dataclass(frozen=True)
+class BestOfN(Stage):
+    """Rerank samples of a policy by the reward: the strongest simple baseline. Leaves `best_of_n.json`."""
+
+    start: str = stage_ref()
+    reward: str = stage_ref_or_name()
+    prompts: Source = field(kw_only=True)
+    gold: str = ""
+    samples: int = 64  # per prompt; every n up to it is estimated without bias from the same samples
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt: int = 0
+    too_long: TooLongPrompt = "error"
+
+    def validate(self, names):
+        check_reward(self.reward, names)
+        if self.samples < 2:
+            raise UserError(f"samples is {self.samples}; best-of-n needs at least 2")
+
+    def plan(self, ctx):
+        config = start_config(ctx, self.start)
+        rows = source_size(self.prompts)
+        return Plan(
+            config.n_params, rows, 0, rows * self.samples * self.sampling.max_new_tokens, 8 * config.n_params
+        )
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            policy = load_model(ctx.parents[self.start], mesh)
+            limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
+            rows, ids = usable_prompts(policy, self.prompts, limit, self.sampling, self.too_long, ctx)
+            reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
+            gold = make_reward(self.gold, {}, mesh, policy.tokenizer) if self.gold else reward
+            sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
+            n = self.samples
+            repeated = [row for row in ids for _ in range(n)]
+            with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
+                samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
+            texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
+            by_prompt = lambda x: np.asarray(x, np.float64).reshape(len(ids), n)  # noqa: E731
+            values = {
+                "proxy": by_prompt(score(reward, samples, texts, mesh)),
+                "gold": by_prompt(score(gold, samples, texts, mesh)),
+                "length": by_prompt(np.sum(samples.response_mask, axis=1)),
+                "ended": by_prompt(samples.ended),
+            }
+        ns = [2**i for i in range(n.bit_length()) if 2**i <= n]
+        proxy = values["proxy"]
+        curves = {name: {str(m): best_of_n(proxy, v, m).tolist() for m in ns} for name, v in values.items()}
+        table = {
+            "prompts": [row["prompt"] for row in rows],
+            "n": ns,
+            "kl": [best_of_n_kl(m) for m in ns],
+            "per_prompt": curves,
+            "best_text": [texts.completions[i * n + int(np.argmax(proxy[i]))] for i in range(len(ids))],
+        }
+        write_text(ctx.folder / "best_of_n.json", json.dumps(table))
+        return {name: {m: float(np.mean(v)) for m, v in by_n.items()} for name, by_n in curves.items()}
+
+
+def best_of_n_table(folder: Path) -> dict:
+    path = folder / "best_of_n.json"
+    if not path.exists():
+        raise UserError(f"{folder}: this stage has no best_of_n.json; name a BestOfN stage")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,198 @@
+"""Every policy on the same prompts."""
+
+import json
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from jrlhf.config import (
+    Source,
+    Stage,
+    StageContext,
+    UserError,
+    stage_ref,
+    stage_ref_or_name,
+)
+from jrlhf.lab import CRITERIA, MAXIMA
+from jrlhf.metrics import progress
+from jrlhf.ops.best_of_n import best_of_n_kl
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import Loaded, load_model, model_meta
+from jrlhf.training.evaluation import Sampler, Scorer, prompt_slots, score
+from jrlhf.training.loop import stage_key
+from jrlhf.training.rewards import Reward, Texts, make_reward, read_texts
+from jrlhf.training.stages.best_of_n import best_of_n_table
+from jrlhf.training.stages.common import (
+    TooLongPrompt,
+    check_reward,
+    source_size,
+    start_config,
+    usable_prompts,
+    write_text,
+)
+from jrlhf.types import Plan
+
+
+@dataclass(frozen=True)
+class Evaluate(Stage):
+    """Every policy on the same prompts: gold, proxy, KL to the first policy, length. Leaves `evaluation.json`."""
+
+    policies: tuple[str, ...] = stage_ref()
+    gold: str = stage_ref_or_name()  # the reward that is reported
+    prompts: dict[str, Source] = field(kw_only=True)  # by split; the first is the main one
+    proxy: str = stage_ref_or_name("")  # the learned reward, for comparison
+    best_of_n: str = stage_ref("")
+    samples: int = 4  # per prompt
+    sampling: SamplingConfig = SamplingConfig()
+    show: int = 12  # prompts whose answers are kept as text
+    max_prompt: int = 0
+    too_long: TooLongPrompt = "error"
+
+    def validate(self, names):
+        check_reward(self.gold, names)
+        if self.proxy:
+            check_reward(self.proxy, names)
+        if not self.policies or not self.prompts:
+            raise UserError("policies and prompts must not be empty")
+        if self.sampling.filtered:
+            raise UserError(
+                "sampling: the KL to the first policy is measured on unfiltered samples; use temperature"
+            )
+        if self.samples < 1:
+            raise UserError(f"samples must be positive, got {self.samples}")
+
+    def plan(self, ctx):
+        config = start_config(ctx, self.policies[0])
+        rows = sum(map(source_size, self.prompts.values()))
+        tokens = rows * self.samples * len(self.policies) * self.sampling.max_new_tokens
+        return Plan(config.n_params, rows, 0, tokens, 12 * config.n_params)
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        # Mistakes first: the policies are sampled one after the other, which takes long.
+        table = best_of_n_table(ctx.parents[self.best_of_n]) if self.best_of_n else None
+        tokenizers = {name: model_meta(ctx.parents[name])["tokenizer"] for name in self.policies}
+        for name in self.policies:
+            if tokenizers[name] != tokenizers[self.policies[0]]:
+                raise UserError(f"policies: {name} and {self.policies[0]} have different tokenizers")
+        with jax.set_mesh(mesh):
+            base = load_model(ctx.parents[self.policies[0]], mesh)
+            limit = self.max_prompt or base.model.config.context - self.sampling.max_new_tokens
+            splits = {
+                name: usable_prompts(base, source, limit, self.sampling, self.too_long, ctx)
+                for name, source in self.prompts.items()
+            }
+            slots = prompt_slots(*(ids for _, ids in splits.values()))
+            gold = make_reward(self.gold, dict(ctx.parents), mesh, base.tokenizer)
+            proxy = make_reward(self.proxy, dict(ctx.parents), mesh, base.tokenizer) if self.proxy else None
+            measured: dict[str, dict] = {}
+            criteria: dict[str, dict] = {}
+            kept = {}
+            total = len(self.policies) * sum(len(ids) for _, ids in splits.values()) * self.samples
+            done = 0
+            with progress(ctx.console, total, f"{ctx.name}: sampling") as bar:
+                for name in self.policies:
+                    policy = load_model(ctx.parents[name], mesh)
+                    sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, slots)
+                    measured[name], criteria[name] = {"splits": {}}, {}
+                    for i, (split, (rows, ids)) in enumerate(splits.items()):
+                        # Every policy uses the same keys: common random numbers make differences less noisy.
+                        result, texts = self._measure(
+                            policy,
+                            base,
+                            sampler,
+                            rows,
+                            ids,
+                            gold,
+                            proxy,
+                            jax.random.fold_in(stage_key(ctx), i),
+                        )
+                        measured[name]["splits"][split] = result
+                        if self.gold in CRITERIA:
+                            values = CRITERIA[self.gold](texts.prompts, texts.completions, texts.rows)
+                            criteria[name][split] = {k: self._by_prompt(v) for k, v in values.items()}
+                        if i == 0:
+                            kept[name] = (texts, result)
+                        done += len(texts.completions)
+                        bar.update(done)
+        main = next(iter(splits))
+        prompts = [row["prompt"] for row in splits[main][0]]
+        evaluation = {
+            "reward_name": self.gold,
+            "gold_max": float(np.mean(MAXIMA[self.gold](prompts))) if self.gold in MAXIMA else None,
+            "policies": measured,
+            "criteria": criteria,
+            "samples": self._samples(kept, prompts),
+            "best_of_n": None,
+        }
+        if table is not None:
+            self._add_best_of_n(evaluation, table, main, prompts)
+        write_text(ctx.folder / "evaluation.json", json.dumps(evaluation, allow_nan=False))
+        return {
+            name: {
+                split: {k: float(np.mean(v)) for k, v in values.items() if v is not None}
+                for split, values in measured[name]["splits"].items()
+            }
+            for name in measured
+        }
+
+    def _by_prompt(self, values) -> list[list[float]]:
+        return np.round(np.asarray(values, np.float64), 6).reshape(-1, self.samples).tolist()
+
+    def _measure(
+        self,
+        policy: Loaded,
+        base: Loaded,
+        sampler: Sampler,
+        rows,
+        ids,
+        gold: Reward,
+        proxy: Reward | None,
+        key,
+    ) -> tuple[dict, Texts]:
+        n = self.samples
+        samples = sampler.sample(policy.params, [row for row in ids for _ in range(n)], key)
+        texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
+        base_logprobs = Scorer(base.model, sampler.mesh, self.sampling.temperature).logprobs(
+            base.params, samples
+        )
+        return {
+            "gold": self._by_prompt(score(gold, samples, texts, sampler.mesh)),
+            "proxy": self._by_prompt(score(proxy, samples, texts, sampler.mesh)) if proxy else None,
+            "kl": self._by_prompt(np.sum(samples.logprobs, axis=1) - base_logprobs),
+            "length": self._by_prompt(np.sum(samples.response_mask, axis=1)),
+            "ended": self._by_prompt(samples.ended),
+        }, texts
+
+    def _samples(self, kept: dict, prompts: list[str]) -> list[dict]:
+        out = []
+        for i in range(min(self.show, len(prompts))):
+            answers = {}
+            for name, (texts, result) in kept.items():
+                answers[name] = {"text": texts.completions[i * self.samples], "gold": result["gold"][i][0]}
+                if result["proxy"] is not None:
+                    answers[name]["proxy"] = result["proxy"][i][0]
+            out.append({"prompt": prompts[i], "answers": answers})
+        return out
+
+    def _add_best_of_n(self, evaluation: dict, table: dict, main: str, prompts: list[str]) -> None:
+        curves = table["per_prompt"]
+        mean = lambda name: [float(np.mean(curves[name][str(n)])) for n in table["n"]]  # noqa: E731
+        error = [
+            1.96 * float(np.std(curves["gold"][str(n)]) / len(table["prompts"]) ** 0.5) for n in table["n"]
+        ]
+        evaluation["best_of_n"] = {
+            "n": table["n"],
+            "gold": mean("gold"),
+            "proxy": mean("proxy"),
+            "kl": table["kl"],
+            "gold_low": [g - e for g, e in zip(mean("gold"), error, strict=True)],
+            "gold_high": [g + e for g, e in zip(mean("gold"), error, strict=True)],
+        }
+        if table["prompts"] == prompts:  # the same prompts: a row of the table, comparable prompt by prompt
+            n = 16 if 16 in table["n"] else table["n"][-1]
+            column = lambda name: [[v] for v in curves[name][str(n)]]  # noqa: E731
+            split = {k: column(k) for k in ("gold", "proxy", "length", "ended")} | {"kl": None}
+            evaluation["policies"][f"best_of_{n}"] = {"splits": {main: split}, "kl_exact": best_of_n_kl(n)}

@@ -1,0 +1,257 @@
+"""A language model: pretrained on raw text or read from a checkpoint, then fine-tuned on demonstrations."""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.algorithms.sft import SFTConfig, make_sft
+from jrlhf.config import (
+    Source,
+    Stage,
+    StageContext,
+    UserError,
+    stage_ref,
+)
+from jrlhf.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from jrlhf.models.config import ModelConfig
+from jrlhf.models.hf import config_from_hf, load_hf, resolve_checkpoint
+from jrlhf.models.transformer import Model
+from jrlhf.optim import OptimConfig, build_optimizer
+from jrlhf.sharding import make_mesh, state_shardings
+from jrlhf.training.artifacts import check_vocabulary, load_model, save_model
+from jrlhf.training.data import (
+    Later,
+    StreamFeed,
+    demonstration_batch,
+    encode_cut_demonstration,
+    encode_text,
+    in_chunks,
+    one_per_row,
+    rows_of,
+    take,
+    text_batch,
+)
+from jrlhf.training.evaluation import chunk_rows
+from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.offline import train_offline
+from jrlhf.training.stages.common import (
+    TooLong,
+    TrainingStage,
+    check_length,
+    check_microbatches,
+    source_size,
+    start_config,
+    training_plan,
+)
+from jrlhf.types import Plan, SequenceBatch
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer a pretraining stage uses: a trained SentencePiece model, or one that exists."""
+
+    path: str = ""  # a folder or file to load; "" trains one
+    vocab_size: int = 4096  # upper bound when training
+    model_type: Literal["unigram", "bpe", "word"] = "unigram"
+    texts: tuple[Source, ...] = ()  # further texts to train on, beside the stage's data
+
+
+@dataclass(frozen=True)
+class Pretrain(TrainingStage):
+    """Raw text -> tokenizer and language model. Documents are packed; every token is learned."""
+
+    data: Source
+    model: ModelConfig
+    loop: LoopConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    optim: OptimConfig = OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01)
+    algorithm: SFTConfig = SFTConfig()
+    length: int = 0  # tokens of a packed row; 0: the model's context
+    eval_rows: int = 64  # packed rows kept for the held-out loss
+
+    def validate(self, names):
+        if self.length > self.model.context:
+            raise UserError(f"length {self.length} is longer than model.context {self.model.context}")
+        check_stream(self)
+        if streams(self.data) and not self.tokenizer.path:
+            raise UserError("tokenizer.path: a tokenizer cannot be trained on a stream; name one that exists")
+        check_microbatches(self)
+
+    def files(self):
+        return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ())
+
+    def model_config(self) -> ModelConfig:
+        return replace(self.model, vocab_size=self.model.vocab_size or self.tokenizer.vocab_size)
+
+    def plan(self, ctx):
+        config = self.model_config()
+        return training_plan(config, self.loop, source_size(self.data), self.length or config.context)
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            key = stage_key(ctx)
+            tokenizer = self._tokenizer(ctx)
+            model = Model(check_vocabulary(self.model, tokenizer, "model"))
+            length = self.length or model.config.context
+            if streams(self.data):
+                kept: SequenceBatch | StreamFeed
+                kept, held = streamed(self, encode_text, tokenizer, length, ctx, mesh)
+            else:
+                kept, held = hold_out(text_batch(self.data, tokenizer, length, ctx.console), self.eval_rows)
+            shardings = state_shardings(mesh, jax.eval_shape(model.init, key), model.logical_axes())
+            params = jax.jit(model.init, out_shardings=shardings)(jax.random.fold_in(key, 1))
+            params = train_language_model(self, ctx, mesh, model, params, key, kept, held)
+            save_model(ctx.folder, model, params, tokenizer)
+            return {"eval_loss": final_loss(model, params, held, mesh), "parameters": model.config.n_params}
+
+    def _tokenizer(self, ctx: StageContext) -> Tokenizer:
+        if self.tokenizer.path:
+            return load_tokenizer(self.tokenizer.path)
+        folder = ctx.folder / "tokenizer"
+        if (folder / "tokenizer.model").exists():
+            return load_tokenizer(folder)
+        texts = (row["text"] for source in (self.data, *self.tokenizer.texts) for row in source.rows())
+        return train_sentencepiece(texts, self.tokenizer.vocab_size, folder, self.tokenizer.model_type)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Stage):
+    """A Hugging Face checkpoint (folder or hub name) as the model to start from."""
+
+    path: str
+    tokenizer: str = ""  # "": the checkpoint's own
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    logits_chunk: int = 0
+
+    def files(self):
+        return tuple(p for p in (self.path, self.tokenizer) if p and Path(p).exists())
+
+    def model_config(self) -> ModelConfig:
+        config = config_from_hf(resolve_checkpoint(self.path), dtype=self.dtype)
+        return replace(config, remat=self.remat, logits_chunk=self.logits_chunk)
+
+    def plan(self, ctx):
+        config = self.model_config()
+        return Plan(model_params=config.n_params, memory_bytes=4 * config.n_params)
+
+    def run(self, ctx: StageContext) -> dict:
+        folder = resolve_checkpoint(self.path)
+        tokenizer = load_tokenizer(self.tokenizer or folder)
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            model = Model(check_vocabulary(self.model_config(), tokenizer, "model"))
+            shardings = state_shardings(
+                mesh, jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
+            )
+            _, params = load_hf(folder, dtype=self.dtype, shardings=shardings)
+            save_model(ctx.folder, model, params, tokenizer)
+        return {"parameters": model.config.n_params}
+
+
+@dataclass(frozen=True)
+class SFT(TrainingStage):
+    """Supervised fine-tuning on demonstrations; the loss is on completions and their EOS."""
+
+    start: str = stage_ref()
+    data: Source = field(kw_only=True)
+    loop: LoopConfig = field(kw_only=True)
+    optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine")
+    algorithm: SFTConfig = SFTConfig()
+    length: int = 0  # tokens of a packed row; 0: the model's context
+    too_long: TooLong = "error"
+    eval_rows: int = 32
+
+    def validate(self, names):
+        check_microbatches(self)
+        check_stream(self)
+
+    def plan(self, ctx):
+        config = start_config(ctx, self.start)
+        return training_plan(config, self.loop, source_size(self.data), self.length or config.context)
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            loaded = load_model(ctx.parents[self.start], mesh)
+            model, length = loaded.model, self.length or loaded.model.config.context
+            check_length(length, model, "length")
+            if streams(self.data):
+                kept: SequenceBatch | StreamFeed
+                kept, held = streamed(self, encode_cut_demonstration, loaded.tokenizer, length, ctx, mesh)
+            else:
+                arrays = demonstration_batch(self.data, loaded.tokenizer, length, self.too_long, ctx.console)
+                kept, held = hold_out(arrays, self.eval_rows)
+            params = train_language_model(self, ctx, mesh, model, loaded.params, stage_key(ctx), kept, held)
+            save_model(ctx.folder, model, params, loaded.tokenizer)
+            return {"eval_loss": final_loss(model, params, held, mesh)}
+
+
+def train_language_model(
+    stage, ctx, mesh, model, params, key, kept: SequenceBatch | StreamFeed, held: SequenceBatch
+):
+    """What Pretrain and SFT share: next-token training and the held-out loss."""
+    steps = stage.loop.steps if isinstance(kept, StreamFeed) else stage.loop.total_steps(rows_of(kept))
+    algorithm = make_sft(stage.algorithm, model, build_optimizer(stage.optim, steps))
+    evaluate = lambda state, step: {"eval/loss": final_loss(model, state.params["policy"], held, mesh)}  # noqa: E731
+    state = train_offline(
+        ctx, mesh, stage.loop, steps, algorithm, (params, key), model.logical_axes(), kept, evaluate
+    )
+    return state.params["policy"]
+
+
+def streams(source: Source) -> bool:
+    """Whether a source is read as training goes, instead of into memory first."""
+    return bool(getattr(source, "streaming", False))
+
+
+def check_stream(stage) -> None:
+    """What a streaming source rules out, at config time."""
+    if streams(stage.data) and not stage.loop.steps:
+        raise UserError("loop.epochs: the length of a stream is not known; set loop.steps")
+
+
+def streamed(stage, encode, tokenizer: Tokenizer, length: int, ctx, mesh) -> tuple[StreamFeed, SequenceBatch]:
+    """The first `eval_rows` rows of a stream for evaluation, the others to train on, one in each row."""
+    encode_one = lambda row: encode(row, tokenizer, length)  # noqa: E731
+    first = [encode_one(row) for row in islice(stage.data.rows(), stage.eval_rows)]
+    if not first:
+        raise UserError("eval_rows: the stream has no rows, or eval_rows is 0")
+    held = one_per_row(first, length, tokenizer.pad_id)
+    rest = Later(stage.data, stage.eval_rows)
+    return StreamFeed(rest, encode_one, stage.loop.batch_size, length, ctx.seed, mesh, tokenizer.pad_id), held
+
+
+def hold_out(arrays: SequenceBatch, rows: int) -> tuple[SequenceBatch, SequenceBatch]:
+    """The last `rows` packed rows for evaluation, the others to train on."""
+    n = rows_of(arrays)
+    if not 0 < rows < n:
+        raise UserError(
+            f"eval_rows is {rows}, but the data fills {n} packed rows: give a number from 1 to {n - 1}"
+        )
+    return take(arrays, np.arange(n - rows)), take(arrays, np.arange(n - rows, n))
+
+
+def final_loss(model: Model, params, held: SequenceBatch, mesh: Mesh) -> float:
+    """Nats per target token on held-out rows."""
+    losses, tokens = in_chunks(
+        partial(row_losses, model, params), held, chunk_rows(rows_of(held), mesh), mesh
+    )
+    return float(losses.sum() / tokens.sum())
+
+
+# Compiled once for all evaluations. Parameters are arguments: those of several hosts cannot be closed over.
+@partial(jax.jit, static_argnums=0)
+def row_losses(model: Model, params, batch: SequenceBatch) -> tuple[jax.Array, jax.Array]:
+    """Summed loss and number of target tokens of each row, [B] each."""
+    logprobs, _ = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
+    mask = batch.loss_mask[:, 1:]
+    return jnp.sum(jnp.where(mask, -logprobs, 0.0), axis=1), jnp.sum(mask, axis=1)

@@ -1,0 +1,158 @@
+"""PPO against a reward model or a program."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
+from jrlhf.algorithms.sft import sft_loss
+from jrlhf.config import (
+    Source,
+    StageContext,
+    UserError,
+    stage_ref,
+    stage_ref_or_name,
+)
+from jrlhf.models.transformer import Model, with_scalar_head
+from jrlhf.optim import OptimConfig, build_optimizer
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import Loaded, load_model, save_model
+from jrlhf.training.data import (
+    text_batch,
+)
+from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
+from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.online import train_online
+from jrlhf.training.rewards import make_reward, program_reward
+from jrlhf.training.stages.common import (
+    TooLongPrompt,
+    TrainingStage,
+    check_reward,
+    source_size,
+    start_config,
+    training_plan,
+    usable_prompts,
+)
+
+
+@dataclass(frozen=True)
+class PPO(TrainingStage):
+    """Reinforcement learning from the reward model (or a program), with a KL penalty to the start policy."""
+
+    start: str = stage_ref()
+    reward: str = stage_ref_or_name()
+    prompts: Source = field(kw_only=True)
+    loop: LoopConfig = field(kw_only=True)
+    algorithm: PPOConfig = PPOConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    critic: Literal["reward", "policy", "shared"] = "reward"  # start the critic from the reward model, from
+    # the start policy, or share the policy's trunk
+    optim: OptimConfig = OptimConfig(lr=1e-4, eps=1e-5)
+    critic_optim: OptimConfig = OptimConfig(lr=3e-4, eps=1e-5)
+    gold: str = ""  # a program reward that is only logged
+    eval_prompts: Source | None = None
+    ptx: Source | None = None  # pretraining text for algorithm.ptx_coef
+    max_prompt: int = 0
+    too_long: TooLongPrompt = "error"
+
+    def validate(self, names):
+        check_reward(self.reward, names)
+        if self.gold:
+            program_reward(self.gold)
+        if self.sampling.filtered:
+            raise UserError(
+                "sampling: PPO trains the distribution that is sampled, so top_k, top_p, min_p and temperature 0 are "
+                "not possible here; use temperature"
+            )
+        if self.critic == "reward" and self.reward not in names:
+            raise UserError(
+                f"critic 'reward' needs a reward-model stage; {self.reward!r} is a program: use 'policy'"
+            )
+        if bool(self.ptx) != bool(self.algorithm.ptx_coef):
+            raise UserError(
+                "ptx (text) and algorithm.ptx_coef (its weight) go together: give both or neither"
+            )
+        if self.loop.epochs:
+            raise UserError("loop.epochs: PPO counts steps; set loop.steps")
+        minibatch = self.algorithm.minibatches * self.algorithm.microbatches
+        if self.loop.batch_size % minibatch:
+            raise UserError(
+                f"loop.batch_size {self.loop.batch_size} is not divisible by minibatches x microbatches = {minibatch}"
+            )
+
+    def plan(self, ctx):
+        config = start_config(ctx, self.start)
+        rows = self.loop.batch_size
+        length = self.sampling.max_new_tokens + (self.max_prompt or 0)
+        plan = training_plan(config, self.loop, source_size(self.prompts), length)
+        critic = 0 if self.critic == "shared" else 1
+        state = 4 * config.n_params * (1 + 3 * critic)  # reference, critic and its moments
+        return replace(plan, tokens=self.loop.steps * rows * length, memory_bytes=plan.memory_bytes + state)
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            key = stage_key(ctx)
+            policy = load_model(ctx.parents[self.start], mesh)
+            model, tokenizer = policy.model, policy.tokenizer
+            limit = self.max_prompt or model.config.context - self.sampling.max_new_tokens
+            rows, ids = usable_prompts(policy, self.prompts, limit, self.sampling, self.too_long, ctx)
+            reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
+            watch = (
+                [make_reward(self.gold, {}, mesh, tokenizer)]
+                if self.gold and self.gold != self.reward
+                else []
+            )
+
+            # Models: the policy, its frozen start, and a critic.
+            critic_model, critic_params = self._critic(ctx, mesh, policy, jax.random.fold_in(key, 1))
+            language_loss = (lambda p, b, n: sft_loss(model, p, b, n)[0]) if self.ptx else None
+            updates = self.loop.steps * self.algorithm.epochs * self.algorithm.minibatches
+            algorithm = make_ppo(
+                self.algorithm,
+                actor_critic(model, critic_model, language_loss),
+                build_optimizer(self.optim, updates),
+                build_optimizer(self.critic_optim, updates),
+                self.sampling.temperature,
+            )
+            eval_rows, eval_ids = (
+                usable_prompts(policy, self.eval_prompts, limit, self.sampling, self.too_long, ctx)
+                if self.eval_prompts
+                else ([], [])
+            )
+            slots = prompt_slots(ids, eval_ids)
+            sampler = Sampler(model, tokenizer, mesh, self.sampling, slots)
+            evaluate = None
+            if eval_ids:
+                probe = Probe(
+                    ctx.folder,
+                    sampler,
+                    eval_rows,
+                    eval_ids,
+                    policy.params,
+                    [reward, *watch],
+                    jax.random.fold_in(key, 2),
+                )
+                evaluate = lambda state, step: probe(state.params["policy"], step)  # noqa: E731
+            text = None
+            if self.ptx:
+                text = text_batch(self.ptx, tokenizer, slots + self.sampling.max_new_tokens, ctx.console)
+            axes = model.logical_axes() | Model(model.config, "scalar").logical_axes()
+            state = train_online(
+                ctx, mesh, self.loop, algorithm, (policy.params, critic_params, policy.params, key), axes, sampler,
+                rows, ids, reward, watch, jax.random.fold_in(key, 3), text, evaluate,
+                ("reward/score/mean", *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
+            )  # fmt: skip
+            save_model(ctx.folder, model, state.params["policy"], tokenizer)
+        return {"kl_coef": float(state.extra["kl_coef"])}
+
+    def _critic(self, ctx: StageContext, mesh: Mesh, policy: Loaded, key) -> tuple[Model | None, Any]:
+        if self.critic == "shared":
+            return None, {"score": with_scalar_head(policy.params, key)["score"]}
+        if self.critic == "policy":
+            return Model(policy.model.config, "scalar"), with_scalar_head(policy.params, key)
+        loaded = load_model(ctx.parents[self.reward], mesh, "scalar")
+        return loaded.model, loaded.params
