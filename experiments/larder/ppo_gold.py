@@ -2,8 +2,9 @@
 
 Command    jrlhf run experiments/larder/ppo_gold.py
 Hardware   two CPU cores, 2 GiB of memory
-Time       about 4 minutes
+Time       about 4 minutes; with `--seeds 0 1 2 3 4 --seed_from ppo` about 10
 Expected   at least 88% of the maximum at KL <= 2.5 nats within 100 updates of 128 answers
+Measured   five seeds: gold 1.48 [1.42, 1.54], 95% [91%, 98%] of the maximum (SFT: 0.55, 35%), at KL 1.94 [1.83, 2.04]
 """
 
 from ppo_vs_dpo import answers, evaluation_prompts

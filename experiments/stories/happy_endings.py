@@ -38,7 +38,7 @@ experiment = Experiment(
             length=192,
             too_long="drop",
             optim=OptimConfig(lr=5e-4, schedule="cosine"),
-            loop=LoopConfig(epochs=2, batch_size=16),
+            loop=LoopConfig(steps=100, batch_size=16),
         ),
         "preferences": Preferences(
             start="sft",
