@@ -31,6 +31,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": ("tensor",),
+    "expert_mlp": (),
+    "router": (),
+    "rank": (),
     "scalar": (),
 }
 
@@ -43,14 +47,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     devices = list(devices) if devices is not None else jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"mesh: sizes must be positive and at most one may be -1, got {config}")
+        raise UserError(f"mesh: sizes must be positive and at most one may be -1, got {_shown(config)}")
     known = math.prod(s for s in sizes if s != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        raise UserError(f"mesh: {config} needs a multiple of {known} devices, but there are {len(devices)}")
+        needs = f"a multiple of {known}" if -1 in sizes else str(known)
+        raise UserError(
+            f"mesh: {_shown(config)} needs {needs} devices, but there are {len(devices)}. Change the mesh, or "
+            f"try it on virtual CPU devices: --devices {known}"
+        )
     # Auto: the partitioner completes the constraints that the model gives at layer boundaries.
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _shown(config: MeshConfig) -> str:
+    return f"data {config.data} x fsdp {config.fsdp} x tensor {config.tensor}"
 
 
 def logical_spec(axes: tuple[str | None, ...]) -> P:

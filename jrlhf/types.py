@@ -72,6 +72,15 @@ class PreferenceBatch(NamedTuple):
     margins: Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
 
 
+class PairBatch(NamedTuple):
+    """Chosen (index 0) and rejected (index 1) answers to each prompt."""
+
+    tokens: Array  # [B, 2, T] int32, prompt then answer
+    mask: Array  # [B, 2, T] bool, a real token
+    response_mask: Array  # [B, 2, T] bool, a token of the answer
+    ref_logprobs: Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
+
+
 class TextRow(TypedDict):
     text: str
 
@@ -91,6 +100,7 @@ class PreferenceRow(_PreferenceRequired, total=False):
     scores: list[float]
     criteria: dict[str, list[float]]
     labeler: str
+    ended: list[bool]  # whether each answer ended by itself, rather than by its length
 
 
 class PromptRow(TypedDict, total=False):
@@ -104,11 +114,15 @@ RewardFn = Callable[[list[str], list[str], list[dict]], np.ndarray]  # -> [N] fl
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage will do, for the dry run. Counts are exact, memory is arithmetic (bytes)."""
+    """What a stage will do, for the dry run: 0 where nothing tells. Memory is arithmetic (bytes).
+
+    Counts are exact, but for those that `at_most` names: what is dropped, packed or ended early lowers them.
+    """
 
     model_params: int = 0
-    rows: int = 0
+    rows: int = 0  # that it reads: documents, demonstrations, prompts, rankings or pairs to learn from
     steps: int = 0
-    tokens: int = 0
+    tokens: int = 0  # that pass through the model: padding in training, prompts not in sampling
     memory_bytes: int = 0
     note: str = ""
+    at_most: tuple[str, ...] = ()  # which of "rows", "steps", "tokens" are upper bounds

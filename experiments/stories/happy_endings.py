@@ -24,9 +24,10 @@ from jrlhf.training.stages import DPO, PPO, SFT, BestOfN, Checkpoint, Evaluate, 
 data = os.environ.get("JRLHF_DATA", "data")
 stories = f"{data}/tinystories/tinystories_sample.txt"
 gold = "happy_story_with_word"
-endings = SamplingConfig(max_new_tokens=72)
-prompts = StoryEndings(stories, kind="prompt")
-test_prompts = StoryEndings(stories, kind="prompt", split="test", max_rows=128)
+short = {"beginning": 120, "ending": 100}  # characters
+endings = SamplingConfig(max_new_tokens=48)
+prompts = StoryEndings(stories, kind="prompt", **short)
+test_prompts = StoryEndings(stories, kind="prompt", split="test", max_rows=128, **short)
 
 experiment = Experiment(
     name="stories-happy-endings",
@@ -34,8 +35,8 @@ experiment = Experiment(
         "base": Checkpoint(path=f"{data}/stories260K", remat="full"),
         "sft": SFT(
             start="base",
-            data=StoryEndings(stories),
-            length=192,
+            data=StoryEndings(stories, **short),
+            length=128,
             too_long="drop",
             optim=OptimConfig(lr=5e-4, schedule="cosine"),
             loop=LoopConfig(steps=100, batch_size=16),
@@ -46,7 +47,7 @@ experiment = Experiment(
             labeler=RewardLabeler(reward=gold),
             responses=4,
             sampling=endings,
-            max_prompt=112,
+            max_prompt=80,
             too_long="drop",
         ),
         "reward_model": RewardModel(
@@ -61,12 +62,12 @@ experiment = Experiment(
             prompts=prompts,
             gold=gold,
             eval_prompts=test_prompts,
-            algorithm=PPOConfig(beta=0.03, epochs=2, minibatches=2),
+            algorithm=PPOConfig(beta=0.1, epochs=2, minibatches=2),
             sampling=endings,
-            optim=OptimConfig(lr=5e-4, eps=1e-5),
+            optim=OptimConfig(lr=2e-4, eps=1e-5),
             critic_optim=OptimConfig(lr=5e-4, eps=1e-5),
-            loop=LoopConfig(steps=60, batch_size=64, eval_every=20),
-            max_prompt=112,
+            loop=LoopConfig(steps=40, batch_size=64, eval_every=20),
+            max_prompt=80,
             too_long="drop",
         ),
         "dpo": DPO(
@@ -77,7 +78,7 @@ experiment = Experiment(
             eval_prompts=test_prompts,
             gold=gold,
             sampling=endings,
-            loop=LoopConfig(epochs=0.5, batch_size=32, eval_every=50),
+            loop=LoopConfig(steps=100, batch_size=32, eval_every=50),
         ),
         "best_of_n": BestOfN(
             start="sft",
@@ -86,7 +87,7 @@ experiment = Experiment(
             prompts=test_prompts,
             samples=16,
             sampling=endings,
-            max_prompt=112,
+            max_prompt=80,
             too_long="drop",
         ),
         "evaluate": Evaluate(
@@ -97,7 +98,7 @@ experiment = Experiment(
             prompts={"test stories": test_prompts},
             sampling=endings,
             samples=2,
-            max_prompt=112,
+            max_prompt=80,
             too_long="drop",
         ),
     },

@@ -70,7 +70,7 @@ class PPOConfig:
 class ActorCritic(NamedTuple):
     """What PPO asks of models. tokens, mask [B, P + R]; `start` = P; results [B, R] for the R response tokens."""
 
-    # (params, tokens, mask, start, temperature) -> (logprobs, entropy, values)
+    # (params and "reference", tokens, mask, start, temperature) -> (logprobs, entropy, values)
     forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     # (ref_params, tokens, mask, start, temperature) -> logprobs
     reference: Callable[..., jax.Array]
@@ -80,19 +80,23 @@ class ActorCritic(NamedTuple):
 
 def actor_critic(model: Model, critic: Model | None, language_loss: Callable | None = None) -> ActorCritic:
     """A separate critic (params["critic"] is a whole scalar model), or, for None, a value head
-    params["critic"] = {"score": ...} on the policy's trunk. Values are predicted before each token is chosen."""
+    params["critic"] = {"score": ...} on the policy's trunk. Values are predicted before each token is chosen.
+
+    With adapters, policy and critic are adapters beside params["reference"], and the reference is that base alone."""
 
     def forward(params, tokens, mask, start, temperature):
-        hidden = model.hidden(params["policy"], tokens, mask)[:, start - 1 : -1]
-        logprobs, entropy = model.logprobs_of_hidden(params["policy"], hidden, tokens[:, start:], temperature)
+        policy = model.whole(params["policy"], params["reference"])
+        hidden = model.hidden(policy, tokens, mask)[:, start - 1 : -1]
+        logprobs, entropy = model.logprobs_of_hidden(policy, hidden, tokens[:, start:], temperature)
         if critic is None:
             values = scalar_head(params["critic"]["score"], hidden)
         else:
-            values = critic.scores(params["critic"], tokens, mask)[:, start - 1 : -1]
+            whole = critic.whole(params["critic"], params["reference"])
+            values = critic.scores(whole, tokens, mask)[:, start - 1 : -1]
         return logprobs, entropy, values
 
     def reference(ref_params, tokens, mask, start, temperature):
-        return model.logprobs(ref_params, tokens, mask, start, temperature)[0]
+        return model.base.logprobs(ref_params, tokens, mask, start, temperature)[0]
 
     return ActorCritic(forward, reference, language_loss)
 
@@ -145,8 +149,9 @@ def make_ppo(
             raise ValueError(
                 f"{tokens.shape[0]} rows do not divide into minibatches x microbatches = {parts}"
             )
+        params = state.params | {"reference": state.ref_params}
         logprobs, entropy, values = map_rows(
-            lambda rows: models.forward(state.params, *rows, start, temperature), (tokens, mask), parts
+            lambda rows: models.forward(params, *rows, start, temperature), (tokens, mask), parts
         )
         # 2. Log-probabilities of the frozen reference.
         ref_logprobs = map_rows(
@@ -226,7 +231,7 @@ def make_ppo(
             sums["policy/ptx_loss"] = ptx
         return loss, (sums, {"policy/ratio_max": stats["ratio_max"]})
 
-    def update(carry, rows: PPOBatch):
+    def update(carry, rows: PPOBatch, frozen):
         """One optimiser step on one minibatch."""
         params, opt_state = carry
         tokens = jnp.maximum(jnp.sum(rows.response_mask, dtype=jnp.float32), 1.0)
@@ -235,7 +240,8 @@ def make_ppo(
             if config.ptx_coef and rows.ptx is not None
             else None
         )
-        loss = lambda p, r: minibatch_loss(p, r, tokens, ptx_tokens)  # noqa: E731
+        with_frozen = lambda p: p | {"reference": frozen}  # noqa: E731
+        loss = lambda p, r: minibatch_loss(with_frozen(p), r, tokens, ptx_tokens)  # noqa: E731
         sums, maxima, grads = value_and_grad_rows(loss, params, rows, config.microbatches)
         policy, policy_opt, norm = policy_optimizer.apply(
             grads["policy"], opt_state["policy"], params["policy"]
@@ -256,7 +262,9 @@ def make_ppo(
         def step(carry, index):
             def run(carry):
                 learned, sums, maxima, done, _ = carry
-                learned, more, peak = update(learned, constrain_rows(jax.tree.map(lambda x: x[index], rows)))
+                learned, more, peak = update(
+                    learned, constrain_rows(jax.tree.map(lambda x: x[index], rows)), state.ref_params
+                )
                 sums, maxima = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, peak)
                 stop = (more["policy/approx_kl"] > config.stop_kl) if config.stop_kl else jnp.bool_(False)
                 return learned, sums, maxima, done + 1.0, stop
@@ -266,7 +274,8 @@ def make_ppo(
             return jax.lax.cond(carry[-1], lambda carry: carry, run, carry), None
 
         learned = (state.params, state.opt_state)
-        _, sums, maxima = jax.eval_shape(update, learned, jax.tree.map(lambda x: x[order[0]], rows))
+        first = jax.tree.map(lambda x: x[order[0]], rows)
+        _, sums, maxima = jax.eval_shape(update, learned, first, state.ref_params)
         filled = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)  # noqa: E731
         start = (learned, filled(sums, 0.0), filled(maxima, -jnp.inf), jnp.float32(0.0), jnp.bool_(False))
         ((params, opt_state), sums, maxima, done, _), _ = jax.lax.scan(step, start, order)

@@ -80,13 +80,15 @@ def usable_prompts(config: RewardModelConfig, batch: PreferenceBatch) -> jax.Arr
 
 
 def make_reward_model(config: RewardModelConfig, model: Model, optimizer: Optimizer) -> Algorithm:
-    def init(params, key) -> TrainState:
+    def init(params, key, frozen=None) -> TrainState:
+        """frozen: the base that adapters `params` are trained beside."""
         params = {"policy": params}
-        return TrainState(jnp.int32(0), params, optimizer.init(params), None, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen, key)
 
     def train_step(state: TrainState, batch: PreferenceBatch):
         prompts = usable_prompts(config, batch)
-        loss = lambda params, rows: reward_model_loss(config, model, params["policy"], rows, prompts)  # noqa: E731
+        whole = lambda params: model.whole(params["policy"], state.ref_params)  # noqa: E731
+        loss = lambda params, rows: reward_model_loss(config, model, whole(params), rows, prompts)  # noqa: E731
         metrics, _, grads = value_and_grad_rows(loss, state.params, batch, config.microbatches)
         params, opt_state, grad_norm = optimizer.apply(grads, state.opt_state, state.params)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.learning_rate(state.step)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jrlhf.config import UserError
 from jrlhf.models.transformer import Model
 from jrlhf.ops.losses import language_model_loss
 from jrlhf.ops.masking import masked_mean
@@ -19,17 +20,25 @@ from jrlhf.types import Algorithm, SequenceBatch, TrainState
 @dataclass(frozen=True)
 class SFTConfig:
     microbatches: int = 1  # gradient accumulation: memory for time, same gradient
+    balance_coef: float = 0.0  # weight of the load-balancing loss of a mixture of experts
+
+    def __post_init__(self):
+        if self.balance_coef < 0:
+            raise UserError(f"balance_coef must not be negative, got {self.balance_coef}")
 
 
-def sft_loss(model: Model, params, batch: SequenceBatch, denominator):
+def sft_loss(model: Model, params, batch: SequenceBatch, denominator, balance_coef: float = 0.0):
     """Cross-entropy summed over the batch's target tokens / denominator (target tokens of the global batch)."""
-    logprobs, entropy = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
+    hidden, balance = model.hidden_and_balance(params, batch.tokens, batch.segment_ids, batch.positions)
+    logprobs, entropy = model.logprobs_of_hidden(params, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
     mask = batch.loss_mask[:, 1:]
     loss = language_model_loss(logprobs, mask, denominator)
-    return loss, (
-        {"train/loss": loss, "policy/entropy": masked_mean(entropy, mask, denominator=denominator)},
-        {},
-    )
+    sums = {"train/loss": loss, "policy/entropy": masked_mean(entropy, mask, denominator=denominator)}
+    if balance_coef:
+        # Weighted by its share of the tokens, so that microbatches add up to about what one pass gives.
+        sums["train/balance_loss"] = balance * jnp.sum(mask, dtype=jnp.float32) / denominator
+        loss = loss + balance_coef * sums["train/balance_loss"]
+    return loss, (sums, {})
 
 
 def target_tokens(batch: SequenceBatch):
@@ -37,13 +46,18 @@ def target_tokens(batch: SequenceBatch):
 
 
 def make_sft(config: SFTConfig, model: Model, optimizer: Optimizer) -> Algorithm:
-    def init(params, key) -> TrainState:
+    if config.balance_coef and not model.config.moe.experts:
+        raise UserError("algorithm.balance_coef is for a mixture of experts, and this model is dense")
+
+    def init(params, key, frozen=None) -> TrainState:
+        """frozen: the base that adapters `params` are trained beside."""
         params = {"policy": params}
-        return TrainState(jnp.int32(0), params, optimizer.init(params), None, key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen, key)
 
     def train_step(state: TrainState, batch: SequenceBatch):
         tokens = target_tokens(batch)
-        loss = lambda params, rows: sft_loss(model, params["policy"], rows, tokens)  # noqa: E731
+        whole = lambda params: model.whole(params["policy"], state.ref_params)  # noqa: E731
+        loss = lambda params, rows: sft_loss(model, whole(params), rows, tokens, config.balance_coef)  # noqa: E731
         metrics, _, grads = value_and_grad_rows(loss, state.params, batch, config.microbatches)
         params, opt_state, grad_norm = optimizer.apply(grads, state.opt_state, state.params)
         metrics |= {

@@ -1,7 +1,9 @@
 """Rows to ids to fixed-shape numpy arrays, and which rows go into which step.
 
-A prompt and its answer are encoded apart and their ids joined, because generation sees exactly the prompt's
-ids and then produces the answer's: encoding the joined text could merge across the boundary.
+A text prompt and its answer are encoded apart and their ids joined, because generation sees exactly the
+prompt's ids and then produces the answer's: encoding the joined text could merge across the boundary. A
+conversation is rendered by the chat template and encoded whole, as inference engines do, but what precedes an
+assistant turn is always what an engine would be given there (`_encode_in_turns`).
 `loss_mask[t]` means that token t is a target, predicted from the tokens before it; a first token has nothing
 before it and is never one.
 """
@@ -15,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jrlhf.config import Source, UserError, did_you_mean
+from jrlhf.data.chat import ChatTemplate, Message, Rewritten, answer_messages, prompt_text
 from jrlhf.data.report import Report
 from jrlhf.data.sources import read
-from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.tokenizer import CHOOSE_TEMPLATE, Tokenizer
 from jrlhf.types import PreferenceBatch
 
 
@@ -62,6 +65,108 @@ def _too_long(policy: str, cut: str, tokens: int, limit: int, text: str, report:
     return policy == cut
 
 
+def _template(tokenizer: Tokenizer) -> ChatTemplate:
+    if tokenizer.chat_template is None:
+        raise UserError(f"the row holds messages, but the tokenizer has no chat template. {CHOOSE_TEMPLATE}")
+    return tokenizer.chat_template
+
+
+def _context_messages(row: dict, tokenizer: Tokenizer) -> list[Message] | None:
+    """The row's prompt as messages, or None where it is a text that is used as it stands."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}] if tokenizer.wrap_strings else None
+    return prompt
+
+
+def _prompt(row: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(BOS or nothing, the other ids) of a row's prompt."""
+    if (messages := _context_messages(row, tokenizer)) is None:
+        return _bos(tokenizer), tokenizer.encode(row["prompt"])
+    text = _template(tokenizer).render(messages, tools=row.get("tools"), add_generation_prompt=True)
+    ids = tokenizer.encode_rendered(text).ids
+    bos = int(ids[:1] == [tokenizer.bos_id])
+    return ids[:bos], ids[bos:]
+
+
+def _answered(row: dict, answer: str | list[Message], tokenizer: Tokenizer) -> tuple[Example, int]:
+    """A row's prompt with an answer to it, and how many tokens are the prompt's."""
+    if (messages := _context_messages(row, tokenizer)) is not None:
+        answers = answer_messages(answer)
+        return encode_conversation([*messages, *answers], tokenizer, len(messages), row.get("tools"))
+    if not isinstance(answer, str):
+        raise UserError(
+            "the prompt is text but the answer is messages; give both as messages, or both as text"
+        )
+    context = [*_bos(tokenizer), *tokenizer.encode(row["prompt"])]
+    return _example(context, [*tokenizer.encode(answer), tokenizer.eos_ids[0]]), len(context)
+
+
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: Tokenizer, context: int = 0, tools: Sequence[dict] | None = None
+) -> tuple[Example, int]:
+    """A conversation through the chat template, and how many tokens its first `context` messages take.
+
+    Targets are the assistant turns after the context, each up to and with the token that ends it. What the
+    template writes after the last of them is left out, because a sampler stops there. The context's ids are
+    those of `encode_prompt`. UserError when there is no template, when the turns cannot be told apart
+    (`ChatTemplate.lay_out`), or when no end-of-text token ends a turn.
+    """
+    template = _template(tokenizer)
+    layout = template.lay_out(messages, context=context, tools=tools)
+    cuts = sorted({layout.context_end, *(span.start for span in layout.answers)})
+    ids, starts, place = _encode_in_turns(layout.text, cuts, tokenizer)
+    ends = np.isin(ids, tokenizer.eos_ids)
+    targets = np.zeros(len(ids), bool)
+    for n, (begin, end) in enumerate(layout.answers, 1):
+        # A token that begins inside an answer belongs to it, also if its text reaches beyond.
+        first, stop = place[begin], int(np.searchsorted(starts, end))
+        stop += int(stop < len(ids) and bool(ends[stop]) and not ends[first:stop].any())
+        if ends[first:stop].any():
+            stop = first + int(np.flatnonzero(ends[first:stop])[-1]) + 1
+        elif n == len(layout.answers) or not template.marks_answers:
+            raise UserError(
+                f"{template.where}: the template ends the assistant's turn ({layout.text[begin:end][-40:]!r}) with "
+                f"none of the tokenizer's end tokens (ids {list(tokenizer.eos_ids)}), so the model would not learn "
+                f"to stop. {CHOOSE_TEMPLATE}"
+            )
+        targets[first:stop] = True
+    length = int(np.flatnonzero(targets)[-1]) + 1
+    targets[0] = False
+    return Example(ids[:length], targets[:length]), place[layout.context_end]
+
+
+def _encode_in_turns(
+    text: str, cuts: Sequence[int], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, dict[int, int]]:
+    """Ids [T] int32 of a text, where each token begins [T] (characters), and the token at which each cut is.
+
+    The text is encoded whole. But the ids before a cut must be those of the text before it, which a sampler
+    would have been given; where they are not (the answer begins with a line break that merges with the
+    prompt's), what follows the cut is encoded apart.
+    """
+    begin = 0  # what is settled: the text before it
+    ids: list[int] = []
+    starts: list[int] = []
+    rest, place = tokenizer.encode_rendered(text), {}
+    whole = rest.ids
+    for cut in cuts:
+        head = tokenizer.encode_rendered(text[begin:cut])
+        if rest.ids[: len(head.ids)] != head.ids:
+            ids, starts = ids + head.ids, starts + [begin + start for start in head.starts]
+            begin, rest = cut, tokenizer.encode_rendered(text[cut:])
+            place[cut] = len(ids)
+        else:
+            place[cut] = len(ids) + len(head.ids)
+    if begin and tokenizer.decode([*ids, *rest.ids]) != tokenizer.decode(whole):
+        raise UserError(
+            f"the tokenizer cannot begin an answer after {text[max(0, begin - 20) : begin]!r}, where the chat "
+            "template's generation prompt ends. End it before the white space."
+        )
+    starts += [begin + start for start in rest.starts]
+    return np.asarray([*ids, *rest.ids], np.int32), np.asarray(starts), place
+
+
 def encode_prompt(
     row: dict | str,
     tokenizer: Tokenizer,
@@ -69,15 +174,15 @@ def encode_prompt(
     too_long: str = "error",
     report: Report | None = None,
 ) -> np.ndarray | None:
-    """BOS (if the tokenizer adds it) and the prompt: [T] int32, T <= max_prompt_len.
+    """BOS (if the tokenizer adds it) and the prompt, or messages and the generation prompt: [T] int32.
 
-    A longer prompt is a UserError, or None with `too_long="drop"`, or loses its beginning (not BOS) with
-    "truncate_left".
+    A bare text is encoded as it is, `wrap_strings` or not. A prompt longer than `max_prompt_len` is a
+    UserError, or None with `too_long="drop"`, or loses its beginning (not BOS) with "truncate_left".
     """
     report = Report() if report is None else report
-    text = row if isinstance(row, str) else row["prompt"]
-    bos, ids = _bos(tokenizer), tokenizer.encode(text)
+    bos, ids = (_bos(tokenizer), tokenizer.encode(row)) if isinstance(row, str) else _prompt(row, tokenizer)
     if (excess := len(bos) + len(ids) - max_prompt_len) > 0:
+        text = row if isinstance(row, str) else prompt_text(row["prompt"])
         if not _too_long(too_long, "truncate_left", len(bos) + len(ids), max_prompt_len, text, report):
             return None
         report.changed["prompt lost its beginning"] += 1
@@ -91,49 +196,102 @@ def encode_demonstration(
 ) -> Example | None:
     """BOS + prompt + completion + EOS, at most `max_len` tokens; completion and EOS are targets.
 
-    A longer row is a UserError, or None with `too_long="drop"`. With "truncate" the completion loses its end
+    Messages are rendered by the chat template; of a row with `messages` every assistant turn is a target. A
+    longer row is a UserError, or None with `too_long="drop"`. With "truncate" the completion loses its end
     and the row its EOS, so that it does not teach stopping in the middle; the report counts these. A row
     whose prompt alone fills `max_len` is dropped.
     """
     report = Report() if report is None else report
-    context = _bos(tokenizer) + tokenizer.encode(row["prompt"])
-    targets = [*tokenizer.encode(row["completion"]), tokenizer.eos_ids[0]]
-    if (tokens := len(context) + len(targets)) > max_len:
-        if not _too_long(too_long, "truncate", tokens, max_len, row["prompt"], report):
+    if "messages" in row:
+        example, _ = encode_conversation(row["messages"], tokenizer, tools=row.get("tools"))
+        text, lost = prompt_text(row["messages"]), "conversation lost its end"
+    else:
+        example, _ = _answered(row, row["completion"], tokenizer)
+        text, lost = prompt_text(row["prompt"]), "completion lost its end and EOS"
+    if (tokens := len(example.ids)) > max_len:
+        if not _too_long(too_long, "truncate", tokens, max_len, text, report):
             return None
-        if len(context) >= max_len:
+        targets = np.flatnonzero(example.loss_mask[:max_len])
+        if not len(targets):
             report.dropped[f"prompt fills {max_len} tokens"] += 1
             return None
-        report.changed["completion lost its end and EOS"] += 1
-        targets = targets[: max_len - len(context)]
+        report.changed[lost] += 1
+        example = Example(*(x[: targets[-1] + 1] for x in example))
     report.kept += 1
-    return _example(context, targets)
+    return example
+
+
+def encode_turns(
+    row: dict, tokenizer: Tokenizer, max_len: int, too_long: str = "error", report: Report | None = None
+) -> list[Example] | None:
+    """`encode_demonstration` as a list of one, or an example for each assistant turn of `messages`.
+
+    The latter where the template writes earlier turns differently once more follows (it drops their reasoning):
+    each turn is then learned after what a sampler would have been given. The report counts these rows.
+    """
+    report = Report() if report is None else report
+    try:
+        example = encode_demonstration(row, tokenizer, max_len, too_long, report)
+        return [example] if example is not None else None
+    except Rewritten:
+        if "messages" not in row:
+            raise
+    messages, tools = row["messages"], row.get("tools")
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    rows = [{"prompt": messages[:n], "completion": messages[n : n + 1], "tools": tools} for n in turns]
+    parts = Report()
+    examples = [encode_demonstration(part, tokenizer, max_len, too_long, parts) for part in rows]
+    report.changed["its turns became examples of their own: the template rewrites earlier turns"] += 1
+    report.changed.update(parts.changed)
+    if not parts.kept:
+        report.dropped.update(dict.fromkeys(list(parts.dropped)[:1], 1))
+        return None
+    report.kept += 1
+    if lost := parts.dropped.total():
+        report.changed["it lost turns that do not fit"] += lost
+    return [example for example in examples if example is not None]
 
 
 def encode_preference(
     row: dict, tokenizer: Tokenizer, max_len: int, too_long: str = "error", report: Report | None = None
 ) -> PreferenceExample | None:
-    """Every answer as BOS + prompt + answer + EOS, at most `max_len` tokens.
+    """Every answer as BOS + prompt + answer + EOS, at most `max_len` tokens; answer and EOS are marked.
 
-    A longer row is a UserError, or None with `too_long="drop"`. With "truncate_left" the prompt loses its
-    beginning until the longest answer fits, the same for all answers, which keep their EOS; a row with an
-    answer that cannot fit is dropped.
+    An answer that was cut off by its length (the row's `ended` says so) has no EOS: a reward model must be able to tell,
+    and DPO must not learn to stop there.
+
+    Messages are rendered by the chat template; all answers follow the same ids of the prompt. A longer row is
+    a UserError, or None with `too_long="drop"`. With "truncate_left" the prompt loses its beginning until the
+    longest answer fits, the same for all answers, which keep their EOS; a row with an answer that cannot fit
+    is dropped.
     """
     report = Report() if report is None else report
-    bos, prompt = _bos(tokenizer), tokenizer.encode(row["prompt"])
-    answers = [[*tokenizer.encode(r), tokenizer.eos_ids[0]] for r in row["responses"]]
-    longest = len(bos) + max(map(len, answers))
-    if (excess := longest + len(prompt) - max_len) > 0:
-        if not _too_long(too_long, "truncate_left", longest + len(prompt), max_len, row["prompt"], report):
+    ended = row.get("ended", [True] * len(row["responses"]))
+    encoded = [_answered(row, answer, tokenizer) for answer in row["responses"]]
+    encoded = [
+        (example, start) if end else (Example(example.ids[:-1], example.loss_mask[:-1]), start)
+        for (example, start), end in zip(encoded, ended, strict=True)
+    ]
+    bos, prompt = _prompt(row, tokenizer)
+    longest = max(len(example.ids) for example, _ in encoded)
+    excess = max(longest - max_len, 0)
+    if excess:
+        if not _too_long(too_long, "truncate_left", longest, max_len, prompt_text(row["prompt"]), report):
             return None
         if excess > len(prompt):
             report.dropped[f"an answer fills {max_len} tokens"] += 1
             return None
         report.changed["prompt lost its beginning"] += 1
-        prompt = prompt[excess:]
     report.kept += 1
+    answers = []
+    for example, start in encoded:
+        context = bos + prompt[excess:]
+        ids = np.concatenate([np.asarray(context, np.int32), example.ids[start:]])
+        loss_mask = np.concatenate([np.zeros(len(context), bool), example.loss_mask[start:]])
+        loss_mask[0] = False
+        answers.append(Example(ids, loss_mask))
     return PreferenceExample(
-        tuple(_example(bos + prompt, answer) for answer in answers),
+        tuple(answers),
         np.asarray(row["ranks"], np.int32),
         np.asarray(row.get("scores", [0.0] * len(answers)), np.float32),
     )

@@ -1,20 +1,36 @@
 """Text to ids and back, behind one small interface: SentencePiece models and Hugging Face tokenizer.json.
 
 `encode` never adds a special token; whoever builds an example adds BOS and EOS (`batching.py`), so the rule
-is in one place for training and generation.
+is in one place for training and generation. A rendered conversation is different: its chat template has
+written every special token, and `encode_rendered` reads them.
 """
 
 import hashlib
 import io
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from jrlhf.config import UserError, did_you_mean
+from jrlhf.data.chat import BUILT_IN, ChatConfig, ChatTemplate, pick_template
 
 # Files beside a tokenizer that name its special tokens. They are read on loading and kept on saving.
 SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"  # outranks the field `chat_template` of tokenizer_config.json
+WRAP = "jrlhf_wrap_strings"  # our field in tokenizer_config.json: ChatConfig.wrap_strings
+TEMPLATE_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # a template may name `<...>_token`
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation as ids. T tokens."""
+
+    ids: list[int]
+    starts: list[int]  # [T] where each token's text begins, in characters
 
 
 class Tokenizer:
@@ -24,6 +40,9 @@ class Tokenizer:
     `pad_id` falls back to `eos_ids[0]` where the files name no padding: it fills slots that masks exclude,
     and no mask may be computed from it. `bos_id` is None where there is none; `add_bos` says whether an
     encoded prompt starts with it.
+
+    `chat_template` is None where the files have none. The token by which it ends the assistant's turn is one of
+    `eos_ids` even if no file says so. `wrap_strings` says whether text prompts are user turns (`ChatConfig`).
     """
 
     file_name: ClassVar[str]
@@ -31,10 +50,13 @@ class Tokenizer:
     add_bos: bool
     eos_ids: tuple[int, ...]
     pad_id: int
+    chat_template: ChatTemplate | None
+    wrap_strings: bool
 
     def __init__(self, blob: bytes, sidecars: dict[str, dict], where: str):
-        self._blob, self._sidecars = blob, sidecars
+        self._blob, self._sidecars, self._where = blob, sidecars, where
         self._read_specials(where)
+        self._read_template(where)
         specials = (self.bos_id, self.pad_id, *self.eos_ids)
         wrong = [i for i in specials if i is not None and not 0 <= i < self.vocab_size]
         if wrong:
@@ -45,6 +67,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special token added."""
+        raise NotImplementedError
+
+    def encode_rendered(self, text: str) -> Rendered:
+        """Ids of a text in which a chat template wrote the special tokens, each of them one id; none is added."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -58,7 +84,9 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text becomes."""
-        specials = (self.pad_id, self.bos_id, self.eos_ids, self.add_bos)
+        specials: tuple = (self.pad_id, self.bos_id, self.eos_ids, self.add_bos)
+        if self.chat_template is not None:
+            specials += (self.chat_template.source, self.wrap_strings)
         return hashlib.sha256(self._blob + repr((self.file_name, specials)).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
@@ -76,11 +104,37 @@ class Tokenizer:
         for name, card in {**self._sidecars, "generation_config.json": generation}.items():
             if name in SIDECARS:
                 (folder / name).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (folder / CHAT_TEMPLATE).unlink(missing_ok=True)
+        if CHAT_TEMPLATE in self._sidecars:
+            source = self._sidecars[CHAT_TEMPLATE]["chat_template"]
+            (folder / CHAT_TEMPLATE).write_text(source, encoding="utf-8")
+
+    def with_chat(self, config: ChatConfig) -> "Tokenizer":
+        """This tokenizer with another chat format. UserError when it cannot write the format."""
+        card = dict(self._sidecars.get("tokenizer_config.json", {}))
+        cards = {k: v for k, v in self._sidecars.items() if k != CHAT_TEMPLATE or not config.template}
+        if config.template:
+            # Inference engines add nothing to what the template writes, so it must write BOS itself.
+            bos = "{{- bos_token -}}" if config.template in BUILT_IN and self.add_bos else ""
+            card["chat_template"] = bos + config.text()
+        card[WRAP] = config.wrap_strings
+        changed = type(self)(self._blob, {**cards, "tokenizer_config.json": card}, self._where)
+        if changed.chat_template is None:
+            raise UserError(f"chat.wrap_strings: {self._where} has no chat template. {CHOOSE_TEMPLATE}")
+        return changed
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def _lookup(self, token: str) -> int | None:
+        raise NotImplementedError
+
+    def _token(self, i: int) -> str:
+        """The text by which a special token is written in a template."""
+        raise NotImplementedError
+
+    def _is_special(self, i: int) -> bool:
+        """Whether `i` is a token that stands for itself, not a piece of words."""
         raise NotImplementedError
 
     def _own(self, name: str) -> int | None:
@@ -138,6 +192,50 @@ class Tokenizer:
         starts = self.bos_id is not None and self._starts_with_bos()
         self.add_bos = bool(add_bos) if add_bos is not None else starts
 
+    def _read_template(self, where: str) -> None:
+        cards, folder = self._sidecars, Path(where).parent
+        found = [
+            name
+            for name in (CHAT_TEMPLATE, "tokenizer_config.json")
+            if "chat_template" in cards.get(name, {})
+        ]
+        source = pick_template(cards[found[0]]["chat_template"], str(folder / found[0])) if found else None
+        self.wrap_strings = source is not None and bool(
+            cards.get("tokenizer_config.json", {}).get(WRAP, False)
+        )
+        if source is None:
+            self.chat_template = None
+            return
+        tokens = {}
+        for name in (f"{n}_token" for n in TEMPLATE_TOKENS):
+            holder = next((cards[c] for c in SIDECARS[:2] if cards.get(c, {}).get(name) is not None), None)
+            if holder is not None:
+                tokens[name] = holder[name]["content"] if isinstance(holder[name], dict) else holder[name]
+        tokens.setdefault("eos_token", self._token(self.eos_ids[0]))
+        if self.bos_id is not None:
+            tokens.setdefault("bos_token", self._token(self.bos_id))
+        self.chat_template = ChatTemplate(source, tokens, str(folder / found[0]))
+        end = self._end_of_turn(self.chat_template)
+        if end is not None and end not in self.eos_ids:
+            self.eos_ids = (*self.eos_ids, end)
+
+    def _end_of_turn(self, template: ChatTemplate) -> int | None:
+        """The special token that the template writes after an assistant's words, or None."""
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            text = template.render(turns)
+        except (
+            UserError
+        ):  # it wants other turns, or is broken: the first conversation that is encoded will tell
+            return None
+        ids = self.encode_rendered(text.rpartition("answer")[2]).ids
+        return next((i for i in ids if self._is_special(i)), None)
+
+
+CHOOSE_TEMPLATE = (
+    f"Name a template in the stage's `chat.template`: {' or '.join(map(repr, BUILT_IN))}, or a .jinja file."
+)
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`. Where no sidecar says otherwise, BOS is added if the model has one."""
@@ -156,6 +254,31 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_rendered(self, text: str) -> Rendered:
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText  # type: ignore[attr-defined]  # made on import
+
+        # SentencePiece itself takes control tokens (<s>, </s>) for plain characters.
+        ids: list[int] = []
+        starts: list[int] = []
+        begin = 0
+        for part in re.split(self._controls, text) if self._controls else [text]:
+            if (control := self._lookup(part)) is not None and self._model.is_control(control):
+                ids.append(control)
+                starts.append(begin)
+            else:
+                found = SentencePieceText.FromString(self._model.encode(part, out_type="serialized_proto"))
+                character = list(accumulate((len(c.encode()) for c in part), initial=0))  # its first byte
+                ids += [piece.id for piece in found.pieces]
+                starts += [begin + bisect_right(character, piece.begin) - 1 for piece in found.pieces]
+            begin += len(part)
+        return Rendered(ids, starts)
+
+    @cached_property
+    def _controls(self) -> str:
+        """A pattern of all control tokens, longest first; "" when there is none."""
+        found = [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
+        return f"({'|'.join(map(re.escape, sorted(found, key=len, reverse=True)))})" if found else ""
+
     @property
     def vocab_size(self) -> int:
         return self._model.get_piece_size()
@@ -168,6 +291,20 @@ class SentencePieceTokenizer(Tokenizer):
         found = self._model.piece_to_id(token)  # the unknown id for an unknown piece
         return found if self._model.id_to_piece(found) == token else None
 
+    def _token(self, i: int) -> str:
+        return self._model.id_to_piece(i)
+
+    def _is_special(self, i: int) -> bool:
+        return self._model.is_control(i) or i in self._symbols
+
+    @cached_property
+    def _symbols(self) -> frozenset[int]:
+        """Ids of user-defined symbols, which the processor's own interface does not tell."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made on import
+
+        proto = ModelProto.FromString(self._blob)
+        return frozenset(i for i, piece in enumerate(proto.pieces) if piece.type == piece.USER_DEFINED)
+
     def _own(self, name: str) -> int | None:
         found = {"bos": self._model.bos_id, "eos": self._model.eos_id, "pad": self._model.pad_id}[name]()
         return found if found >= 0 else None  # -1 is SentencePiece's "there is none"
@@ -179,8 +316,8 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`.
 
-    Special tokens written out in a text (`<|im_start|>`) become their ids, as chat formats need; the
-    SentencePiece tokenizer reads them as plain characters.
+    Special tokens written out in a text (`<|im_start|>`) become their ids by `encode` too; the SentencePiece
+    tokenizer's `encode` reads them as plain characters.
     """
 
     file_name = "tokenizer.json"
@@ -200,6 +337,10 @@ class JsonTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_rendered(self, text: str) -> Rendered:
+        found = self._model.encode(text, add_special_tokens=False)
+        return Rendered(found.ids, [start for start, _ in found.offsets])
+
     @property
     def vocab_size(self) -> int:
         return max(self._model.get_vocab().values()) + 1  # ids may have gaps, so not the count
@@ -209,6 +350,16 @@ class JsonTokenizer(Tokenizer):
 
     def _lookup(self, token: str) -> int | None:
         return self._model.token_to_id(token)
+
+    def _token(self, i: int) -> str:
+        return str(self._model.id_to_token(i))
+
+    def _is_special(self, i: int) -> bool:
+        return i in self._added
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._model.get_added_tokens_decoder())
 
     def _own(self, name: str) -> int | None:
         return None  # tokenizer.json marks tokens as special without saying which is which
@@ -250,6 +401,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                 raise UserError(f"{path.parent / name}: not JSON ({error}).") from error
             if not isinstance(cards[name], dict):
                 raise UserError(f"{path.parent / name}: expected a JSON object.")
+    if (path.parent / CHAT_TEMPLATE).exists():
+        cards[CHAT_TEMPLATE] = {"chat_template": (path.parent / CHAT_TEMPLATE).read_text(encoding="utf-8")}
     return _LOADERS[path.suffix](path.read_bytes(), cards, str(path))
 
 

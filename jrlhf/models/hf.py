@@ -1,21 +1,19 @@
 """Hugging Face checkpoints: a folder of `config.json` and safetensors, read into our tree and written back.
 
-A family of models is one `Family` table. Loading, checking and saving all walk the same rows, so a row that
-is right one way is right the other way too. Nothing is guessed: an unknown, missing, doubled or wrongly shaped
-tensor, or a config value that our decoder does not compute, is a UserError that names it.
+What differs between families of models is in the tables of `families.py`. Nothing is guessed: an unknown, missing,
+doubled or wrongly shaped tensor is a UserError that names it.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +21,19 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
-from jrlhf.config import UserError, did_you_mean, read_json
-from jrlhf.models.config import ModelConfig
+from jrlhf.config import UserError, did_you_mean
+from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.families import FAMILIES, Family, Head, Shape, Weight
+from jrlhf.models.hf_config import CONFIG, model_config, read_card, read_object, similar, write_card
 from jrlhf.models.transformer import Model
-from jrlhf.sharding import path_names
+from jrlhf.sharding import leads, path_names
 from jrlhf.types import Params
 
-Head = Literal["lm", "scalar"]
-Shape = tuple[int, ...]
-
-CONFIG, GENERATION = "config.json", "generation_config.json"
+GENERATION = "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
@@ -43,211 +43,22 @@ TOKENIZER_FILES = (
 FILE_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
-# --- the tables: a family is added here ---------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """How one tensor lies in a file and in our tree. `shape` is ours, without the layers axis."""
-
-    hf_shape: Callable[[Shape], Shape]
-    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
-    to_hf: Callable[[np.ndarray], np.ndarray]
-
-
-def linear(n_in: int) -> Layout:
-    """torch keeps a linear map as [out, in]; ours has its `n_in` input axes first, then its output axes."""
-
-    def hf_shape(shape: Shape) -> Shape:
-        return math.prod(shape[n_in:]), math.prod(shape[:n_in])
-
-    return Layout(
-        hf_shape,
-        lambda x, shape: x.T.reshape(shape),
-        lambda x: x.reshape(hf_shape(x.shape)[::-1]).T,
-    )
-
-
-SAME = Layout(lambda shape: shape, lambda x, shape: x.reshape(shape), lambda x: x)
-
-
-class Weight(NamedTuple):
-    """One row: the name in the file (`{}` is the layer), the path in our tree, and how the two differ."""
-
-    hf: str
-    path: str
-    layout: Layout
-    optional: bool = False  # zeros where the file has none, and left out of the file where it is zero
-
-
-class Field(NamedTuple):
-    """A config.json field that is a ModelConfig field."""
-
-    hf: str
-    ours: str
-    default: Any = None  # transformers' default where the field is absent; None: it must be there
-
-
-@dataclass(frozen=True)
-class Family:
-    """All that tells one family of checkpoints from another."""
-
-    model_type: str
-    architectures: Mapping[Head, str]
-    fields: tuple[Field, ...]
-    fixed: Mapping[str, tuple[Any, ...]]  # field -> values that our decoder computes; the first is written
-    weights: tuple[Weight, ...]
-    ignored: str  # regular expression of buffers that can be recomputed
-
-    def name_of(self, path: str) -> str:
-        return next(w.hf for w in self.weights if w.path == path)
-
-
-LLAMA = Family(
-    model_type="llama",
-    architectures={"lm": "LlamaForCausalLM", "scalar": "LlamaForSequenceClassification"},
-    fields=(
-        Field("vocab_size", "vocab_size"),
-        Field("hidden_size", "d_model"),
-        Field("intermediate_size", "d_ff"),
-        Field("num_hidden_layers", "n_layers"),
-        Field("num_attention_heads", "n_heads"),
-        Field("num_key_value_heads", "n_kv_heads"),  # absent: num_attention_heads
-        Field("head_dim", "head_dim"),  # absent: hidden_size / num_attention_heads
-        Field("max_position_embeddings", "context", 2048),
-        Field("rms_norm_eps", "norm_eps", 1e-6),
-        Field("rope_theta", "rope_theta", 10_000.0),  # or inside rope_parameters
-        Field("tie_word_embeddings", "tie_embeddings", False),
-    ),
-    fixed={
-        "hidden_act": ("silu", "swish"),
-        "rope_scaling": (None,),
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "attention_dropout": (0.0, None),
-        "quantization_config": (None,),
-    },
-    weights=(
-        Weight("model.embed_tokens.weight", "embed/embedding", SAME),
-        Weight("model.layers.{}.input_layernorm.weight", "layers/attn_norm/scale", SAME),
-        Weight("model.layers.{}.self_attn.q_proj.weight", "layers/attn/q", linear(1)),
-        Weight("model.layers.{}.self_attn.k_proj.weight", "layers/attn/k", linear(1)),
-        Weight("model.layers.{}.self_attn.v_proj.weight", "layers/attn/v", linear(1)),
-        Weight("model.layers.{}.self_attn.o_proj.weight", "layers/attn/o", linear(2)),
-        Weight("model.layers.{}.post_attention_layernorm.weight", "layers/mlp_norm/scale", SAME),
-        Weight("model.layers.{}.mlp.gate_proj.weight", "layers/mlp/gate", linear(1)),
-        Weight("model.layers.{}.mlp.up_proj.weight", "layers/mlp/up", linear(1)),
-        Weight("model.layers.{}.mlp.down_proj.weight", "layers/mlp/down", linear(1)),
-        Weight("model.norm.weight", "final_norm/scale", SAME),
-        Weight("lm_head.weight", "lm_head/kernel", linear(1)),
-        Weight("score.weight", "score/kernel", linear(1)),
-        # transformers has no such tensor and ignores it: its scores then lack a constant, which no comparison
-        # of two answers sees.
-        Weight("score.bias", "score/bias", SAME, optional=True),
-    ),
-    ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
-)
-
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA,)}
-
-
 # --- config.json --------------------------------------------------------------------------------------------
 
 
-def config_from_hf(
-    folder: str | Path,
-    *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    remat: Literal["none", "full", "dots"] = "none",
-    attention: Literal["auto", "xla", "cudnn"] = "auto",
-    logits_chunk: int = 0,
-) -> ModelConfig:
-    """The shape of a checkpoint, from its config.json. The keyword arguments are the caller's own choice.
+def config_from_hf(folder: str | Path, **ours: Any) -> ModelConfig:
+    """The shape of a checkpoint, from its config.json. `ours` are the caller's own choices: dtype, remat, ...
 
     Raises UserError naming file, field and value for an unknown family, a missing field, or anything that our
-    decoder does not compute (another activation, scaled rotary frequencies, biases, quantised weights).
+    decoder does not compute (another activation, unknown rotary scaling, quantised weights).
     """
-    path, card, family = _read_card(Path(folder))
-    return _model_config(path, card, family, dtype, remat, attention, logits_chunk)
+    return model_config(*_card(Path(folder)), **ours)
 
 
-def _read_object(path: Path) -> dict:
-    card = read_json(path)
-    if not isinstance(card, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return card
-
-
-def _read_card(folder: Path) -> tuple[Path, dict, Family]:
+def _card(folder: Path) -> tuple[Path, dict, Family]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder.{_near(folder)}")
-    path = folder / CONFIG
-    card = _read_object(path)
-    kind, names = card.get("model_type"), card.get("architectures") or []
-    known = sorted(a for f in FAMILIES.values() for a in f.architectures.values())
-    if kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported.{did_you_mean(str(kind), FAMILIES)}")
-    unknown = [a for a in names if a not in FAMILIES[kind].architectures.values()]
-    if unknown or len(names) > 1:
-        raise UserError(f"{path}: architectures {names} is not supported. Known: one of {', '.join(known)}.")
-    return path, card, FAMILIES[kind]
-
-
-def _model_config(
-    path: Path, card: dict, family: Family, dtype, remat, attention, logits_chunk
-) -> ModelConfig:
-    rope = card.get("rope_parameters") or {}  # where transformers 5 keeps rope_theta
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters must be an object, got {rope!r}")
-    if "rope_theta" in rope and card.get("rope_theta", rope["rope_theta"]) != rope["rope_theta"]:
-        raise UserError(
-            f"{path}: rope_theta {card['rope_theta']} differs "
-            f"from rope_parameters.rope_theta {rope['rope_theta']}"
-        )
-    _require(path, "rope_parameters.rope_type", rope.get("rope_type", "default"), ("default",))
-    for name in ("factor", "partial_rotary_factor"):
-        _require(path, f"rope_parameters.{name}", rope.get(name, 1.0), (1.0,))
-    for name, allowed in family.fixed.items():
-        value = card.get(name, allowed[0])
-        if name == "rope_scaling" and value in ({"rope_type": "default"}, {"type": "default"}):
-            value = None  # another way to say so
-        _require(path, name, value, allowed)
-
-    card = {"rope_theta": rope["rope_theta"]} | card if "rope_theta" in rope else card
-    values: dict[str, Any] = {}
-    for field in family.fields:
-        value = card.get(field.hf, field.default)
-        if value is None and field.ours == "head_dim":
-            continue  # ModelConfig divides
-        if value is None and field.ours == "n_kv_heads":
-            value = values["n_heads"]
-        if value is None:
-            raise UserError(f"{path}: no field {field.hf!r}.{_similar(field.hf, card)}")
-        values[field.ours] = _typed(path, field, value)
-    try:
-        return ModelConfig(**values, dtype=dtype, remat=remat, attention=attention, logits_chunk=logits_chunk)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from None
-
-
-def _require(path: Path, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{path}: {name} {value!r} is not supported; only {json.dumps(allowed[0])} is")
-
-
-def _similar(name: str, names: Mapping[str, Any]) -> str:
-    hint = did_you_mean(name, names)
-    return hint if hint.startswith(" Did") else ""  # a config has too many fields to list them
-
-
-def _typed(path: Path, field: Field, value: Any) -> Any:
-    """`value` as the type of the ModelConfig field."""
-    want = type(getattr(ModelConfig, field.ours))
-    if want is float and type(value) in (int, float) and value > 0:
-        return float(value)
-    if (want is int and type(value) is int and value > 0) or (want is bool and type(value) is bool):
-        return value
-    what = "true or false" if want is bool else f"a positive {want.__name__}"
-    raise UserError(f"{path}: {field.hf} must be {what}, got {value!r}")
+    return read_card(folder)
 
 
 def _num_labels(card: dict) -> int:
@@ -278,45 +89,44 @@ def load_hf(
     folder: str | Path,
     *,
     head: Head = "lm",
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    remat: Literal["none", "full", "dots"] = "none",
-    attention: Literal["auto", "xla", "cudnn"] = "auto",
-    logits_chunk: int = 0,
+    param_dtype: Literal["float32", "bfloat16"] | None = None,
     shardings: Any = None,
+    **ours: Any,
 ) -> tuple[Model, Params]:
-    """A checkpoint as (model, float32 parameters).
+    """A checkpoint as (model, parameters).
 
     folder: config.json with model.safetensors, or with model.safetensors.index.json and its shards; float32,
-    bfloat16 or float16. head: "scalar" loads a sequence classifier of one label (a reward model).
+    bfloat16 or float16. head: "scalar" loads a sequence classifier of one label (a reward model). param_dtype: None
+    keeps bfloat16 where all of the file is bfloat16, and makes float32 of anything else; a scalar head is float32.
     shardings: a tree of shardings like the parameters (`sharding.state_shardings` of
-    `jax.eval_shape(model.init, key)`); every device is then given only its own part, one parameter at a time,
-    and the host holds one part and one tensor. Without it the arrays are on the default device.
+    `jax.eval_shape(model.init, key)`), or a function from the model to it; every device is then given only its own
+    part. Without it the arrays are on the default device. ours: further fields of ModelConfig (dtype, remat, ...).
 
-    All names and shapes are checked before a tensor is read. Raises UserError naming the file and the tensor.
+    All names and shapes are checked before a tensor is read. Then one parameter at a time is read, each tensor of the
+    file once: the host holds its own devices' parts of that parameter and one tensor. Raises UserError naming the
+    file and the tensor.
     """
     folder = Path(folder)
-    path, card, family = _read_card(folder)
+    path, card, family = _card(folder)
     _check_head(path, card, family, head)
-    model = Model(_model_config(path, card, family, dtype, remat, attention, logits_chunk), head)
+    files = _Files(folder, family)
+    param_dtype = param_dtype or files.dtype()
+    config = model_config(path, card, family, param_dtype=param_dtype, **ours)
+    model = Model(replace(config, lora=LoRAConfig()), head)
     abstract = _abstract(model)
+    rows = _rows(family, abstract)
+    _check_tensors(files, family, rows, model.config)
+    _check_tied(files, family, model)
 
-    with contextlib.ExitStack() as stack:
-        files = _Files(folder, stack)
-        rows = _rows(family, abstract)
-        _check_tensors(files, family, rows, model.config)
-        _check_tied(files, family, model)
+    def load(tree_path, leaf, sharding):
+        weight = rows["/".join(path_names(tree_path))][0]
+        return _load_one(files, weight, leaf, sharding, model.config)
 
-        def load(tree_path, leaf, sharding):
-            weight = rows["/".join(path_names(tree_path))][0]
-            if sharding is None:
-                return jnp.asarray(_read(files, weight, leaf.shape, (slice(None),) * len(leaf.shape)))
-            part = lambda index: _read(files, weight, leaf.shape, index)  # noqa: E731
-            return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-        if shardings is None:
-            shardings = jax.tree.map(lambda _: None, abstract)
-        params = jax.tree_util.tree_map_with_path(load, abstract, shardings)
-    return model, params
+    if callable(shardings):
+        shardings = shardings(model)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
+    return model, jax.tree_util.tree_map_with_path(load, abstract, shardings)
 
 
 def _abstract(model: Model) -> Params:
@@ -335,47 +145,82 @@ def _rows(family: Family, tree: Params) -> dict[str, tuple[Weight, Shape]]:
     return {path: (weight, shapes[path]) for path, weight in table.items() if path in shapes}
 
 
-def _is_layered(weight: Weight) -> bool:
-    return "{}" in weight.hf
+def _own_shape(weight: Weight, shape: Shape, config: ModelConfig) -> Shape:
+    """Of one tensor: without the stacked axes, and without the rows that pad the vocabulary."""
+    cut = {"embed/embedding": (config.vocab_size, shape[-1]), "lm_head/kernel": (shape[0], config.vocab_size)}
+    return cut.get(weight.path, shape[weight.stacked :])
 
 
-def _tensors(rows: Mapping[str, tuple[Weight, Shape]]) -> Iterator[tuple[str, Weight, int, Shape]]:
-    """(name, row, layer, shape in the file) of every tensor that a checkpoint should hold."""
-    for weight, shape in rows.values():
-        own = shape[1:] if _is_layered(weight) else shape
-        for layer in range(shape[0] if _is_layered(weight) else 1):
-            yield weight.hf.format(layer), weight, layer, weight.layout.hf_shape(own)
+def _tensors(
+    rows: Mapping[str, tuple[Weight, Shape]], config: ModelConfig
+) -> Iterator[tuple[str, Weight, tuple[int, ...], Shape]]:
+    """(name, row, index on the stacked axes, shape in the file) of every tensor that a checkpoint should hold, by
+    layer; where parameters share a tensor, once for each."""
+    per_layer = [w for w, _ in rows.values() if w.stacked]
+    shapes = {w.path: shape for w, shape in rows.values()}
+
+    def one(weight: Weight, index: tuple[int, ...]):
+        hf_shape = weight.layout.hf_shape(_own_shape(weight, shapes[weight.path], config), config)
+        return weight.name(index), weight, index, hf_shape
+
+    layers_done = False
+    for weight, _ in rows.values():
+        if not weight.stacked:
+            yield one(weight, ())
+        elif not layers_done:
+            layers_done = True
+            for layer in range(config.n_layers):
+                for w in per_layer:
+                    for rest in np.ndindex(*shapes[w.path][1 : w.stacked]):
+                        yield one(w, (layer, *rest))
 
 
 class _Files:
-    """The safetensors files of a folder: which tensor is in which, and the tensors one by one."""
+    """The safetensors files of a folder: which tensor is in which, and the tensors one by one.
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack):
+    Tensors are known by the names of the family's table; a checkpoint of the bare decoder lacks their prefix.
+    """
+
+    def __init__(self, folder: Path, family: Family):
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
-        listed, where = self._listing()
+        self._where: dict[str, Path] = {}
+        self._shapes: dict[str, Shape] = {}
+        self._kinds: dict[str, str] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
+        listed, index = self._listing()
         for path in listed:
             try:
-                file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+                opened = safetensors.safe_open(path, framework="np")
             except (safetensors.SafetensorError, OSError) as e:
                 raise UserError(
                     f"{path}: not a whole safetensors file ({e}). Download or copy it again."
                 ) from e
-            self._open[path] = file
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in self._file_of:
-                    raise UserError(f"tensor {name} is in two files: {self._file_of[name]} and {path}")
-                self._file_of[name] = path
-                if (kind := file.get_slice(name).get_dtype()) not in FILE_DTYPES:
-                    known = ", ".join(FILE_DTYPES)
-                    raise UserError(f"{path}: tensor {name} has dtype {kind}, which is not one of {known}")
-        for name, path in where.items():
-            if self._file_of.get(name) != path:
-                found = (
-                    f"it is in {self._file_of[name].name}" if name in self._file_of else "it is in no file"
-                )
+            self._spans |= _spans(path)
+            with opened as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self._where:
+                        raise UserError(f"tensor {name} is in two files: {self._where[name]} and {path}")
+                    tensor = file.get_slice(name)
+                    self._where[name], self._shapes[name] = path, tuple(tensor.get_shape())
+                    self._kinds[name] = tensor.get_dtype()
+        for name, path in index.items():
+            if self._where.get(name) != path:
+                found = f"it is in {self._where[name].name}" if name in self._where else "it is in no file"
                 raise UserError(f"{folder / INDEX}: tensor {name} should be in {path.name}, but {found}")
+        heads = ("lm_head.", "embed_out.", "score.")
+        bare = not any(n.startswith(family.prefix) for n in self._where)
+        self._stored = {family.prefix + n if bare and not n.startswith(heads) else n: n for n in self._where}
+
+    def check_kinds(self, names: Iterable[str]) -> None:
+        for name in names:
+            if (kind := self._kinds[self._stored[name]]) not in FILE_DTYPES:
+                known = ", ".join(FILE_DTYPES)
+                raise UserError(
+                    f"{self.file(name)}: tensor {name} has dtype {kind}, which is not one of {known}"
+                )
+
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        return "bfloat16" if set(self._kinds.values()) == {"BF16"} else "float32"
 
     def _listing(self) -> tuple[list[Path], dict[str, Path]]:
         """The files, and what the index (if there is one) says is where."""
@@ -387,7 +232,7 @@ class _Files:
         if not index.exists():
             there = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise UserError(f"{self.folder}: no {SINGLE} and no {INDEX}; it holds {there}")
-        where = _read_object(index).get("weight_map")
+        where = read_object(index).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
             raise UserError(f"{index}: expected an object 'weight_map' of tensor name to file name")
         for file in where.values():
@@ -399,20 +244,41 @@ class _Files:
         return files, {name: self.folder / file for name, file in where.items()}
 
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._stored)
 
     def file(self, name: str) -> Path:
-        return self._file_of[name]
+        return self._where[self._stored[name]]
 
     def shape(self, name: str) -> Shape:
-        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
+        return self._shapes[self._stored[name]]
 
     def tensor(self, name: str) -> np.ndarray:
-        return self._open[self._file_of[name]].get_tensor(name)
+        """The tensor as it lies in the file: its pages are read where it is looked at, and let go with it."""
+        stored = self._stored[name]
+        dtype, (start, stop), path = (
+            FILE_DTYPES[self._kinds[stored]],
+            self._spans[stored],
+            self._where[stored],
+        )
+        flat = (
+            np.memmap(path, np.uint8, "r", start, (stop - start,)) if stop > start else np.empty(0, np.uint8)
+        )
+        return flat.view(dtype).reshape(self._shapes[stored])
+
+
+def _spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Name -> first and last byte of each tensor. The format: a length, a JSON header of that length, the bytes."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + size + i["data_offsets"][0], 8 + size + i["data_offsets"][1]) for name, i in header.items()
+    }
 
 
 def _check_tensors(files: _Files, family: Family, rows: Mapping, config: ModelConfig) -> None:
-    expected = {name: (w, shape) for name, w, _, shape in _tensors(rows)}
+    expected = {name: (w, shape) for name, w, _, shape in _tensors(rows, config)}
     found = files.names()
     missing = [n for n, (w, _) in expected.items() if n not in found and not w.optional]
     ignored = {family.name_of("lm_head/kernel")} if config.tie_embeddings else set()  # see _check_tied
@@ -424,7 +290,7 @@ def _check_tensors(files: _Files, family: Family, rows: Mapping, config: ModelCo
     if unknown:
         where = files.file(unknown[0])
         raise UserError(
-            f"{where}: unknown tensors: {_some(unknown)}.{_similar(unknown[0], expected)} "
+            f"{where}: unknown tensors: {_some(unknown)}.{similar(unknown[0], expected)} "
             f"(config.json says {config.n_layers} layers, tied embeddings {config.tie_embeddings}.)"
         )
     for name, (_, shape) in expected.items():
@@ -433,6 +299,7 @@ def _check_tensors(files: _Files, family: Family, rows: Mapping, config: ModelCo
                 f"{files.file(name)}: tensor {name} has shape {list(files.shape(name))}, "
                 f"but config.json asks for {list(shape)}"
             )
+    files.check_kinds(n for n in expected if n in found)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -444,25 +311,38 @@ def _check_tied(files: _Files, family: Family, model: Model) -> None:
     names = family.name_of("lm_head/kernel"), family.name_of("embed/embedding")
     if model.config.tie_embeddings and names[0] in files.names():
         head, embed = (files.tensor(n) for n in names)
-        if head.shape != embed.shape or not np.array_equal(head, embed):
+        same = head.shape == embed.shape and np.array_equal(head, embed)
+        if not same:
             raise UserError(
                 f"{files.file(names[0])}: {names[0]} differs from {names[1]}, but config.json says "
                 "tie_word_embeddings true. Set it to false if the head is the right one."
             )
 
 
-def _read(files: _Files, weight: Weight, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of our float32 array of `shape`."""
-    part = tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True))
-    if weight.optional and weight.hf not in files.names():
-        return np.zeros(part, np.float32)
-    if not _is_layered(weight):
-        return weight.layout.to_ours(files.tensor(weight.hf), shape)[index].astype(np.float32)
-    out = np.empty(part, np.float32)
-    for i, layer in enumerate(range(*index[0].indices(shape[0]))):
-        tensor = files.tensor(weight.hf.format(layer))
-        out[i] = weight.layout.to_ours(tensor, shape[1:])[index[1:]]
-    return out
+def _load_one(files: _Files, weight: Weight, leaf, sharding, config: ModelConfig) -> jax.Array:
+    """One parameter on its devices. Each tensor is read once; every part of it goes into its device's buffer."""
+    shape, dtype = leaf.shape, np.dtype(leaf.dtype)
+    devices = sharding.addressable_devices_indices_map(shape)
+    spans = lambda index: tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))  # noqa: E731
+    where = {device: spans(index) for device, index in devices.items()}
+    # Zeros are what an optional tensor that is not there holds, and the rows that pad the vocabulary.
+    parts = {s: np.zeros([stop - start for start, stop in s], dtype) for s in set(where.values())}
+    own = _own_shape(weight, shape, config)
+    for index in np.ndindex(*shape[: weight.stacked]):
+        inside = lambda s, index=index: tuple(i - s[j][0] for j, i in enumerate(index))  # noqa: E731
+        wanted = [s for s in parts if all(a <= i < b for i, (a, b) in zip(index, s, strict=False))]
+        if not wanted or (weight.optional and weight.name(index) not in files.names()):
+            continue
+        view = weight.layout.view(files.tensor(weight.name(index)), own, config)
+        for s in wanted:
+            new = view[tuple(slice(start, stop) for start, stop in s[weight.stacked :])]
+            parts[s][(*inside(s), *(slice(0, n) for n in new.shape))] = new
+    arrays = {}
+    for span in list(parts):
+        part = parts.pop(span)  # let go as soon as it is on its devices
+        for device in [d for d, s in where.items() if s == span]:
+            arrays[device] = jax.block_until_ready(jax.device_put(part, device))
+    return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[d] for d in devices])
 
 
 # --- saving -------------------------------------------------------------------------------------------------
@@ -475,13 +355,16 @@ def save_hf(
     tokenizer_folder: str | Path | None = None,
     *,
     max_shard_bytes: int = 5_000_000_000,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16"] | None = None,
     eos_ids: Sequence[int] = (),
     pad_id: int | None = None,
     bos_id: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a checkpoint that `load_hf` and transformers load; float32 round trips are bit-exact.
+    """Write a checkpoint that `load_hf` and transformers load; round trips are bit-exact.
+
+    dtype: None is the model's param_dtype. Every process must call this, with a folder that all of them see: each
+    writes its share of the shards.
 
     tokenizer_folder: its tokenizer files are copied. Special ids given here go into config.json and
     generation_config.json; those not given are taken from the tokenizer folder's own two files, if they are
@@ -493,7 +376,7 @@ def save_hf(
     UserError when the folder holds anything else, and ValueError when `params` is not the model's tree.
     """
     folder = Path(folder)
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in ("float32", "bfloat16", None):
         raise UserError(f"dtype: {dtype!r} is unknown.{did_you_mean(dtype, ('float32', 'bfloat16'))}")
     if max_shard_bytes <= 0:
         raise UserError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
@@ -501,20 +384,37 @@ def save_hf(
     tokenizer = Path(tokenizer_folder) if tokenizer_folder is not None else None
     if tokenizer is not None and not any((tokenizer / n).is_file() for n in TOKENIZER_MODELS):
         raise UserError(f"{tokenizer}: no {' or '.join(TOKENIZER_MODELS)} to copy")
-    family = LLAMA  # what ModelConfig describes
-    rows = _rows(family, _abstract(model))
+    if dtype is None:
+        dtype = model.config.param_dtype
+    card = write_card(model.config, model.head, dtype)
+    rows = _rows(FAMILIES[model.config.hf_family], _abstract(model))
     leaves = _checked_leaves(params, rows)
+    asked = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".saving-{folder.name}-") as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        asked = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
-        _write_cards(new, tokenizer, _card(family, model, dtype), asked)
-        _write_weights(new, leaves, rows, np.dtype(dtype), max_shard_bytes)
-        if folder.exists():
-            os.rename(folder, Path(temporary) / "old")
-        os.rename(new, folder)
+    # Every process writes its share of the files into one hidden folder beside; the first makes it and renames it.
+    temporary = folder.parent / f".saving-{folder.name}"
+    new = temporary / "new"
+    if leads():
+        shutil.rmtree(temporary, ignore_errors=True)
+        new.mkdir(parents=True)
+    _all_arrived("folder made")
+    try:
+        if leads():
+            _write_cards(new, tokenizer, card, asked)
+        _write_weights(new, leaves, rows, model.config, np.dtype(dtype), max_shard_bytes)
+        _all_arrived("files written")
+        if leads():
+            if folder.exists():
+                os.rename(folder, temporary / "old")
+            os.rename(new, folder)
+    finally:
+        if leads():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _all_arrived(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_hf: {what}")
 
 
 def _check_target(folder: Path, overwrite: bool) -> None:
@@ -541,23 +441,7 @@ def _checked_leaves(params: Params, rows: Mapping[str, tuple[Weight, Shape]]) ->
     for path, (_, shape) in rows.items():
         if tuple(leaves[path].shape) != shape:
             raise ValueError(f"params: {path} has shape {tuple(leaves[path].shape)}, the model's is {shape}")
-        if not getattr(leaves[path], "is_fully_addressable", True):
-            raise ValueError(f"params: {path} is spread over several processes; save from one")
     return leaves
-
-
-def _card(family: Family, model: Model, dtype: str) -> dict[str, Any]:
-    """config.json without the special ids. rope_theta is at the top, where every transformers looks."""
-    card: dict[str, Any] = {
-        "architectures": [family.architectures[model.head]],
-        "model_type": family.model_type,
-        "torch_dtype": dtype,
-    }
-    card |= {f.hf: getattr(model.config, f.ours) for f in family.fields}
-    card |= {name: allowed[0] for name, allowed in family.fixed.items() if name != "quantization_config"}
-    if model.head == "scalar":
-        card |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return card
 
 
 def _write_cards(new: Path, tokenizer: Path | None, card: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -569,8 +453,8 @@ def _write_cards(new: Path, tokenizer: Path | None, card: dict[str, Any], asked:
     """
     generation, old = {}, {}
     if tokenizer is not None:
-        generation = _read_object(tokenizer / GENERATION) if (tokenizer / GENERATION).exists() else {}
-        old = _read_object(tokenizer / CONFIG) if (tokenizer / CONFIG).exists() else {}
+        generation = read_object(tokenizer / GENERATION) if (tokenizer / GENERATION).exists() else {}
+        old = read_object(tokenizer / CONFIG) if (tokenizer / CONFIG).exists() else {}
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, new / name)
@@ -592,36 +476,64 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(new: Path, leaves, rows, dtype: np.dtype, max_shard_bytes: int) -> None:
-    """model.safetensors, or shards and their index; the host holds one shard at a time."""
-    shards: list[list[tuple[str, Weight, int]]] = [[]]
-    size = total = 0
-    for name, weight, layer, shape in _tensors(rows):
-        if weight.optional and not np.any(np.asarray(leaves[weight.path])):
+def _write_weights(
+    new: Path, leaves, rows, config: ModelConfig, dtype: np.dtype, max_shard_bytes: int
+) -> None:
+    """model.safetensors, or shards and their index. The processes take turns with the shards; a host holds one shard
+    and one tensor at a time, never the model."""
+    tensors: dict[str, tuple[Shape, list[tuple[Weight, tuple[int, ...]]]]] = {}
+    for name, weight, index, shape in _tensors(rows, config):
+        if weight.optional and not np.any(_part(leaves[weight.path], ())):
             continue
+        tensors.setdefault(name, (shape, []))[1].append((weight, index))
+
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, (shape, _) in tensors.items():
         n_bytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and size + n_bytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append((name, weight, layer))
+        shards[-1].append(name)
         size += n_bytes
         total += n_bytes
 
-    def tensor(weight: Weight, layer: int) -> np.ndarray:
-        leaf = leaves[weight.path]
-        x = np.asarray(leaf[layer] if _is_layered(weight) else leaf)
-        # safetensors writes the buffer as it lies: a transposed view would come out scrambled.
-        return np.ascontiguousarray(weight.layout.to_hf(x).astype(dtype))
+    def tensor(name: str) -> np.ndarray:
+        shape, parts = tensors[name]
+        out = np.empty(shape, dtype)
+        for weight, index in parts:
+            own = _own_shape(weight, rows[weight.path][1], config)
+            x = _part(leaves[weight.path], index)[tuple(slice(0, n) for n in own)]
+            weight.layout.view(out, own, config)[...] = x.astype(dtype)
+        return out
 
     where: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: tensor(weight, layer) for name, weight, layer in shard}
-        # transformers refuses a file that does not say which framework's layout it has
-        safetensors.numpy.save_file(tensors, new / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(tensors, file)
-    if len(shards) > 1:
+    for i, shard in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        held = {}
+        for name in shard:  # all processes: fetching is a collective
+            x = tensor(name)
+            if i % jax.process_count() == jax.process_index():
+                held[name] = x
+        if held:
+            # transformers refuses a file that does not say which framework's layout it has
+            safetensors.numpy.save_file(held, new / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    if len(shards) > 1 and leads():
         _write_json(new / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _part(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a parameter that may be spread over devices and hosts."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf[index] if index else leaf)
+    part = _replicated_part(leaf, tuple(jnp.int32(i) for i in index), NamedSharding(leaf.sharding.mesh, P()))
+    return np.asarray(part.addressable_data(0))
+
+
+@partial(jax.jit, static_argnums=2)
+def _replicated_part(leaf: jax.Array, index: tuple[jax.Array, ...], sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf[index] if index else leaf, sharding)
 
 
 # --- a folder, or a name on the hub -------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jrlhf.models.config import ModelConfig
+from jrlhf.models.experts import combine_experts
+from jrlhf.models.rope import Rotation, rotate
 from jrlhf.sharding import constrain
 
 
@@ -36,17 +38,6 @@ def fan_in(axes: tuple[int, ...]) -> Any:
     return init
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021) on halves, as Hugging Face Llama has it. Angles in float32."""
-    half = x_BTNH.shape[-1] // 2
-    freq_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freq_h[None, None, None, :]
-    sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
-    x = x_BTNH.astype(jnp.float32)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
 def gathered(w: jax.Array, dtype: Any, *axes: str) -> jax.Array:
     """A weight as a matrix product uses it: in the compute dtype, whole along the axis that fsdp splits.
 
@@ -55,62 +46,147 @@ def gathered(w: jax.Array, dtype: Any, *axes: str) -> jax.Array:
     return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
 
 
+class View(NamedTuple):
+    """What a layer sees: which keys, and by which angles they are rotated."""
+
+    mask_BTS: jax.Array
+    rotation: Rotation | None  # None: positions were added to the embedding
+
+
+class Views(NamedTuple):
+    full: View
+    windowed: View | None  # None: no layer has a window
+
+    def of(self, windowed: bool | jax.Array) -> View:
+        """The view of a layer; in a scan over layers of both kinds `windowed` is a traced bool."""
+        if self.windowed is None or isinstance(windowed, bool):
+            return self.windowed if self.windowed is not None and windowed else self.full
+        return jax.tree.map(lambda w, f: jnp.where(windowed, w, f), self.windowed, self.full)
+
+
 class RMSNorm(nn.Module):
-    eps: float
+    """Over the last axis; with `norm_plus_one` the parameter is the scale's difference from 1 (Gemma)."""
+
+    config: ModelConfig
+    axes: tuple[str, ...] = ("norm",)
 
     @nn.compact
     def __call__(self, x):
-        scale_D = self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
+        c = self.config
+        n = len(self.axes)
+        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        scale = self.param("scale", logical(init, *self.axes), x.shape[-n:], jnp.dtype(c.param_dtype))
+        scale = scale.astype(jnp.float32) + (1.0 if c.norm_plus_one else 0.0)
         x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (y * jnp.broadcast_to(scale_D, y.shape)).astype(x.dtype)
+        axes = tuple(range(-n, 0))
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + c.norm_eps)
+        return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
-def attend(q_BTNH, cache: LayerCache, mask_BTS) -> jax.Array:
+class LayerNorm(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c, dtype = self.config, jnp.dtype(self.config.param_dtype)
+        scale_D = self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],), dtype)
+        bias_D = self.param("bias", logical(nn.initializers.zeros, "norm"), (x.shape[-1],), dtype)
+        x32 = x.astype(jnp.float32)
+        y = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + c.norm_eps)
+        scale, bias = (jnp.broadcast_to(w.astype(jnp.float32), y.shape) for w in (scale_D, bias_D))
+        return (y * scale + bias).astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str) -> nn.Module:
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config, name=name)
+
+
+def linear(
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    inputs: tuple[str, ...],
+    outputs: dict[str, int],
+    bias: bool = False,
+) -> jax.Array:
+    """x [B, T, inputs...] times a weight `name` [inputs..., outputs...] -> [B, T, outputs...].
+
+    `inputs` and `outputs` are logical axes. Where the config's adapters name this layer, a low-rank product is added:
+    parameters `<name>_lora_a` [inputs..., rank] and `<name>_lora_b` [rank, outputs...], B starting at zero.
+    """
+    c: ModelConfig = module.config  # type: ignore[attr-defined]
+    dtype, param_dtype, n = x.dtype, jnp.dtype(c.param_dtype), len(inputs)
+    shape_in, shape_out, axes = x.shape[-n:], tuple(outputs.values()), (*inputs, *outputs)
+    init = fan_in(tuple(range(n)))
+    w = module.param(name, logical(init, *axes), (*shape_in, *shape_out), param_dtype)
+    y = jnp.tensordot(x, gathered(w, dtype, *axes), n)
+    if bias:
+        b = module.param(f"{name}_bias", logical(nn.initializers.zeros, *outputs), shape_out, param_dtype)
+        y = y + jnp.broadcast_to(b.astype(dtype), y.shape)
+    if c.lora.rank and name in c.lora.targets:
+        a_axes, b_axes = (*inputs, "rank"), ("rank", *outputs)
+        a = module.param(f"{name}_lora_a", logical(init, *a_axes), (*shape_in, c.lora.rank), jnp.float32)
+        b = module.param(
+            f"{name}_lora_b", logical(nn.initializers.zeros, *b_axes), (c.lora.rank, *shape_out), jnp.float32
+        )
+        down = jnp.tensordot(x, gathered(a, dtype, *a_axes), n)
+        y = y + jnp.tensordot(down, gathered(b, dtype, *b_axes), 1) * jnp.asarray(c.lora.scale, dtype)
+    return y
+
+
+def attend(q_BTNH, cache: LayerCache, mask_BTS, scale: float, softcap: float = 0.0) -> jax.Array:
     """Attention of T queries over S keys. Scores and softmax in float32.
 
     jax.nn.dot_product_attention's own XLA path has no gradient in bfloat16 under strict type promotion.
     """
     b, t, n, h = q_BTNH.shape
     k = cache.k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * jnp.asarray(h**-0.5, q_BTNH.dtype)
+    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * jnp.asarray(scale, q_BTNH.dtype)
     s_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, cache.k_BKSH, preferred_element_type=jnp.float32)
+    if softcap:
+        s_BKGTS = jnp.tanh(s_BKGTS / softcap) * softcap
     s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS, jnp.float32(-1e30))
     p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(q_BTNH.dtype)
     return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, cache.v_BKSH).reshape(b, t, n, h)
 
 
 def attention_implementation(config: ModelConfig) -> str:
-    """cuDNN's kernel on a GPU (16-bit only), XLA's elsewhere, unless the config names one."""
+    """cuDNN's kernel on a GPU (16-bit only, no soft-cap), XLA's elsewhere, unless the config names one."""
     if config.attention != "auto":
         return config.attention
-    return "cudnn" if jax.default_backend() == "gpu" and config.dtype == "bfloat16" else "xla"
+    cudnn = jax.default_backend() == "gpu" and config.dtype == "bfloat16" and not config.attention_softcap
+    return "cudnn" if cudnn else "xla"
 
 
 class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache: LayerCache | None, slot):
+    def __call__(self, x_BTD, view: View, cache: LayerCache | None, slot):
         """Without a cache T = S and keys are this call's own. With one, the T keys are written at `slot`."""
-        c, dtype = self.config, x_BTD.dtype
-        d, n, k, h = c.d_model, c.n_heads, c.n_kv_heads, c.head_dim
-        wq = self.param("q", logical(fan_in((0,)), "embed", "heads", "head_dim"), (d, n, h), jnp.float32)
-        wk = self.param("k", logical(fan_in((0,)), "embed", "kv_heads", "head_dim"), (d, k, h), jnp.float32)
-        wv = self.param("v", logical(fan_in((0,)), "embed", "kv_heads", "head_dim"), (d, k, h), jnp.float32)
-        wo = self.param("o", logical(fan_in((0, 1)), "heads", "head_dim", "embed"), (n, h, d), jnp.float32)
-        q = jnp.einsum("BTD,DNH->BTNH", x_BTD, gathered(wq, dtype, "embed", "heads", "head_dim"))
-        key = jnp.einsum("BTD,DKH->BTKH", x_BTD, gathered(wk, dtype, "embed", "kv_heads", "head_dim"))
-        value = jnp.einsum("BTD,DKH->BTKH", x_BTD, gathered(wv, dtype, "embed", "kv_heads", "head_dim"))
-        q = rope(q, positions_BT, c.rope_theta)
-        key = rope(key, positions_BT, c.rope_theta)
+        c = self.config
+        n, k, h = c.n_heads, c.n_kv_heads, c.head_size
+        q = linear(self, "q", x_BTD, ("embed",), {"heads": n, "head_dim": h}, c.qkv_bias)
+        key = linear(self, "k", x_BTD, ("embed",), {"kv_heads": k, "head_dim": h}, c.qkv_bias)
+        value = linear(self, "v", x_BTD, ("embed",), {"kv_heads": k, "head_dim": h}, c.qkv_bias)
+        if c.qk_norm != "none":
+            by_head = c.qk_norm == "head"
+            q = RMSNorm(c, ("head_dim",) if by_head else ("heads", "head_dim"), name="q_norm")(q)
+            key = RMSNorm(c, ("head_dim",) if by_head else ("kv_heads", "head_dim"), name="k_norm")(key)
+        if view.rotation is not None:
+            q, key = rotate(q, view.rotation), rotate(key, view.rotation)
+        scale = (c.query_scalar or h) ** -0.5
         if cache is None:
             q = constrain(q, "batch", "length", "heads", "head_dim")
             if attention_implementation(c) == "cudnn":
-                mask_B1TS = mask_BTS[:, None]
-                out = jax.nn.dot_product_attention(q, key, value, mask=mask_B1TS, implementation="cudnn")
+                mask_B1TS = view.mask_BTS[:, None]
+                out = jax.nn.dot_product_attention(
+                    q, key, value, mask=mask_B1TS, scale=scale, implementation="cudnn"
+                )
             else:
-                out = attend(q, LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2)), mask_BTS)
+                keys = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
+                out = attend(q, keys, view.mask_BTS, scale, c.attention_softcap)
         else:
             zero = jnp.zeros((), slot.dtype)
             at = (zero, zero, slot, zero)
@@ -120,37 +196,99 @@ class Attention(nn.Module):
                     cache.v_BKSH, value.swapaxes(1, 2).astype(cache.v_BKSH.dtype), at
                 ),
             )
-            out = attend(q, cache, mask_BTS)
-        return jnp.einsum("BTNH,NHD->BTD", out, gathered(wo, dtype, "heads", "head_dim", "embed")), cache
+            out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap)
+        return linear(self, "o", out, ("heads", "head_dim"), {"embed": c.d_model}, c.o_bias), cache
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU and its relatives (Shazeer 2020), or two plain layers."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD):
-        c, dtype = self.config, x_BTD.dtype
-        gate = self.param("gate", logical(fan_in((0,)), "embed", "mlp"), (c.d_model, c.d_ff), jnp.float32)
-        up = self.param("up", logical(fan_in((0,)), "embed", "mlp"), (c.d_model, c.d_ff), jnp.float32)
-        down = self.param("down", logical(fan_in((0,)), "mlp", "embed"), (c.d_ff, c.d_model), jnp.float32)
-        h_BTF = jax.nn.silu(x_BTD @ gathered(gate, dtype, "embed", "mlp")) * (
-            x_BTD @ gathered(up, dtype, "embed", "mlp")
-        )
-        return constrain(h_BTF, "batch", "length", "mlp") @ gathered(down, dtype, "mlp", "embed")
+        c = self.config
+        hidden = {"mlp": c.d_ff}
+        act = ACTIVATIONS[c.activation]
+        up_BTF = linear(self, "up", x_BTD, ("embed",), hidden, c.mlp_bias)
+        if c.gated_mlp:
+            h_BTF = act(linear(self, "gate", x_BTD, ("embed",), hidden, c.mlp_bias)) * up_BTF
+        else:
+            h_BTF = act(up_BTF)
+        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
+        return linear(self, "down", h_BTF, ("mlp",), {"embed": c.d_model}, c.mlp_bias)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and feed-forward. Training and sampling both call this."""
+class Experts(nn.Module):
+    """A router and gated experts (Shazeer et al. 2017). Also returns what the load-balancing loss needs:
+    [2, E] float32, each expert's share of the real tokens' choices and its mean probability."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS, cache: LayerCache | None = None, slot=None):
-        eps = self.config.norm_eps
-        normed = RMSNorm(eps, name="attn_norm")(x_BTD)
-        attended, cache = Attention(self.config, name="attn")(normed, positions_BT, mask_BTS, cache, slot)
-        x_BTD = constrain(x_BTD + attended, "batch", "length", "act_embed")
-        x_BTD = x_BTD + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD))
-        return constrain(x_BTD, "batch", "length", "act_embed"), cache
+    def __call__(self, x_BTD, real_BT):
+        c, dtype = self.config, x_BTD.dtype
+        e, d, f, param_dtype = c.moe.experts, c.d_model, c.d_ff, jnp.dtype(c.param_dtype)
+        router_DE = self.param("router", logical(fan_in((0,)), "embed", "router"), (d, e), param_dtype)
+        into, out = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+        gate = self.param("gate", logical(fan_in((1,)), *into), (e, d, f), param_dtype)
+        up = self.param("up", logical(fan_in((1,)), *into), (e, d, f), param_dtype)
+        down = self.param("down", logical(fan_in((1,)), *out), (e, f, d), param_dtype)
+
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE",
+            x_BTD,
+            gathered(router_DE, dtype, "embed", "router"),
+            preferred_element_type=jnp.float32,
+        )
+        probs_BTE = jax.nn.softmax(logits_BTE)
+        weights_BTk, chosen_BTk = jax.lax.top_k(probs_BTE, c.moe.per_token)
+        if c.moe.normalize:
+            weights_BTk = weights_BTk / jnp.sum(weights_BTk, axis=-1, keepdims=True)
+        y_BTD = combine_experts(
+            x_BTD,
+            weights_BTk.astype(dtype),
+            chosen_BTk,
+            gathered(gate, dtype, *into),
+            gathered(up, dtype, *into),
+            gathered(down, dtype, *out),
+            ACTIVATIONS[c.activation],
+        )
+        real_BT1 = real_BT[..., None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(real_BT1), 1.0)
+        share_E = jnp.sum(jax.nn.one_hot(chosen_BTk, e).sum(2) * real_BT1, axis=(0, 1)) / count
+        return y_BTD, jnp.stack([share_E, jnp.sum(probs_BTE * real_BT1, axis=(0, 1)) / count])
+
+
+class Block(nn.Module):
+    """Attention and feed-forward around a residual stream. Training and sampling both call this."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, windowed, views: Views, cache: LayerCache | None = None, slot=None):
+        """-> (x, (new cache or None, balance [2, E] or None))."""
+        c = self.config
+        before = lambda name, x: x if c.norm_placement == "post" else norm(c, name)(x)  # noqa: E731
+        after = lambda name, x: x if c.norm_placement == "pre" else norm(c, name)(x)  # noqa: E731
+        view = views.of(windowed)
+
+        attended, cache = Attention(c, name="attn")(before("attn_norm", x_BTD), view, cache, slot)
+        attended = after("attn_out_norm", attended)
+        x_after_BTD = constrain(x_BTD + attended, "batch", "length", "act_embed")
+        normed = before("mlp_norm", x_BTD if c.parallel_residual else x_after_BTD)
+        if c.moe.experts:
+            real_BT = jnp.any(view.mask_BTS, axis=-1)  # padding sees nothing
+            out, balance = Experts(c, name="moe")(normed, real_BT)
+        else:
+            out, balance = MLP(c, name="mlp")(normed), None
+        x_BTD = x_after_BTD + after("mlp_out_norm", out)
+        return constrain(x_BTD, "batch", "length", "act_embed"), (cache, balance)

@@ -7,7 +7,8 @@ Parameters are a plain dict:
     score/{kernel [D, 1], bias [1]} (scalar head: reward model, critic)
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jrlhf.models.config import ModelConfig
-from jrlhf.models.layers import Block, LayerCache, RMSNorm, fan_in, gathered, logical
+from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.layers import Block, LayerCache, View, Views, fan_in, gathered, logical, norm
+from jrlhf.models.lora import join, split
+from jrlhf.models.rope import rotation
 from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy
 from jrlhf.ops.masking import positions_from_mask
 from jrlhf.sharding import constrain, path_names
@@ -28,7 +31,10 @@ REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_bat
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned layers, final norm and the head's parameters. Returns hidden states [B, T, D]."""
+    """Embedding, scanned layers, final norm and the head's parameters.
+
+    Returns hidden states [B, T, D], and of a mixture of experts [2, E]: each expert's share and mean probability.
+    """
 
     config: ModelConfig
     head: str
@@ -36,7 +42,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, mask_BTT):
         c = self.config
-        x_BTD = Embed(c, name="embed")(tokens_BT)
+        x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
         block = Block
         if c.remat != "none":
             # prevent_cse is only needed outside a scan
@@ -45,30 +51,52 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=c.n_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BTD, _ = layers(c, name="layers")(x_BTD, positions_BT, mask_BTT)
-        x_BTD = RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
+        t = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        views = layer_views(c, positions_BT, mask_BTT, t, t)
+        windowed_L = jnp.asarray(c.layers_windowed)
+        x_BTD, (_, balance_L2E) = layers(c, name="layers")(x_BTD, windowed_L, views)
+        x_BTD = norm(c, "final_norm")(x_BTD)
         if self.head == "scalar":
             ScalarHead(name="score")(x_BTD)
         elif not c.tie_embeddings:
             UntiedHead(c, name="lm_head")(x_BTD[:, :1])
-        return x_BTD
+        return x_BTD, None if balance_L2E is None else jnp.mean(balance_L2E, axis=0)
+
+
+def layer_views(config: ModelConfig, positions_BT, mask_BTS, query_slot_T, key_slot_S) -> Views:
+    """What full and windowed layers see. Slots count a row's tokens, padding included, as distances go."""
+    turn = config.positions == "rope"
+    full = View(mask_BTS, rotation(config, positions_BT, False) if turn else None)
+    if not any(config.layers_windowed):
+        return Views(full, None)
+    near_TS = query_slot_T[:, None] - key_slot_S[None] < config.window
+    windowed = View(mask_BTS & near_TS[None], rotation(config, positions_BT, True) if turn else None)
+    return Views(windowed, None) if all(config.layers_windowed) else Views(full, windowed)
 
 
 class Embed(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT):
+    def __call__(self, tokens_BT, positions_BT):
         c = self.config
         init = logical(nn.initializers.normal(0.02), "vocab", "embed")
-        table_VD = self.param("embedding", init, (c.vocab_size, c.d_model), jnp.float32)
+        dtype = jnp.dtype(c.param_dtype)
+        table_VD = self.param("embedding", init, (c.padded_vocab, c.d_model), dtype)
         # Without the constraint the gather's result loses its split over the batch.
         table_VD = gathered(table_VD, c.dtype, "vocab", "embed")
-        return constrain(table_VD[tokens_BT], "batch", "length", "act_embed")
+        x_BTD = table_VD[tokens_BT]
+        if c.scale_embedding:
+            x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, x_BTD.dtype)
+        if c.positions == "learned":
+            init = logical(nn.initializers.normal(0.02), "length", "embed")
+            table_SD = self.param("positions", init, (c.context, c.d_model), dtype)
+            x_BTD = x_BTD + gathered(table_SD, c.dtype, "length", "embed")[positions_BT]
+        return constrain(x_BTD, "batch", "length", "act_embed")
 
 
 class UntiedHead(nn.Module):
@@ -78,7 +106,10 @@ class UntiedHead(nn.Module):
     def __call__(self, x_BTD):
         c = self.config
         kernel = self.param(
-            "kernel", logical(fan_in((0,)), "embed", "vocab"), (c.d_model, c.vocab_size), jnp.float32
+            "kernel",
+            logical(fan_in((0,)), "embed", "vocab"),
+            (c.d_model, c.padded_vocab),
+            jnp.dtype(c.param_dtype),
         )
         return x_BTD @ kernel.astype(x_BTD.dtype)
 
@@ -114,6 +145,27 @@ class Model:
     config: ModelConfig
     head: Literal["lm", "scalar"] = "lm"
 
+    @property
+    def n_params(self) -> int:
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(self.init, jax.random.key(0))))
+
+    @property
+    def base(self) -> "Model":
+        """The same model without adapters."""
+        return Model(replace(self.config, lora=LoRAConfig()), self.head)
+
+    def whole(self, trained: Params, frozen: Params | None) -> Params:
+        """All parameters: `trained` is all of them, or with adapters what is trained beside a frozen base."""
+        if not self.config.lora.rank:
+            return trained
+        if frozen is None:
+            raise ValueError("adapters need a frozen base beside them")
+        return join(frozen, trained)
+
+    def fresh_adapter(self, key: jax.Array) -> Params:
+        """An adapter that changes nothing yet: A is random, B zero; a new scalar head where the model has one."""
+        return jax.jit(lambda key: split(self.init(key))[1])(key)  # the compiler leaves out what is not kept
+
     def _decoder(self) -> Decoder:
         return Decoder(self.config, self.head)
 
@@ -138,10 +190,23 @@ class Model:
         `segment_ids` (0 = padding, any side) may be a bool mask; without `positions` they count real tokens
         of a row, so packed rows must pass them.
         """
+        return self.hidden_and_balance(params, tokens_BT, segment_ids_BT, positions_BT)[0]
+
+    def hidden_and_balance(
+        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`hidden`, and the load-balancing loss of a mixture of experts (0 for a dense model).
+
+        E Σ_e share_e · probability_e over all layers and real tokens (Fedus et al. 2021, eq. 4): per_token at best.
+        """
         segment_ids_BT = segment_ids_BT.astype(jnp.int32)
         if positions_BT is None:
             positions_BT = positions_from_mask(segment_ids_BT != 0)
-        return _apply(self._decoder(), params, tokens_BT, positions_BT, causal_mask(segment_ids_BT))
+        mask_BTT = causal_mask(segment_ids_BT)
+        hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT)
+        if balance is None:
+            return hidden_BTD, jnp.float32(0.0)
+        return hidden_BTD, self.config.moe.experts * jnp.sum(balance[0] * balance[1])
 
     def lm_kernel(self, params: Params) -> jax.Array:
         """[D, V] float32: the head that makes logits of hidden states."""
@@ -152,12 +217,18 @@ class Model:
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32. For a few positions (a decode step, a test): training uses `logprobs`."""
         kernel = self.lm_kernel(params).astype(hidden_BTD.dtype)
-        return constrain(
-            jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel, preferred_element_type=jnp.float32),
-            "batch",
-            "length",
-            "vocab",
-        )
+        logits = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel, preferred_element_type=jnp.float32)
+        return constrain(self.cap_logits(logits), "batch", "length", "vocab")
+
+    def cap_logits(self, logits: jax.Array) -> jax.Array:
+        """Soft-capped; the rows that pad the embedding are no tokens."""
+        c = self.config
+        if c.logits_softcap:
+            logits = jnp.tanh(logits / c.logits_softcap) * c.logits_softcap
+        if c.padded_vocab > c.vocab_size:
+            is_token_V = jnp.arange(c.padded_vocab) < c.vocab_size
+            logits = jnp.where(jnp.broadcast_to(is_token_V, logits.shape), logits, -jnp.inf)
+        return logits
 
     def logprobs_of_hidden(self, params, hidden_BTD, targets_BT, temperature) -> tuple[jax.Array, jax.Array]:
         """Log-probability of each target and the entropy there, [B, T] float32, at a temperature."""
@@ -165,7 +236,9 @@ class Model:
         if chunk and chunk < targets_BT.shape[1]:
             # The kernel goes in as it is (float32), so that its gradient is summed over chunks in float32.
             kernel = self.lm_kernel(params)
-            return chunked_logprobs_and_entropy(hidden_BTD, kernel, targets_BT, temperature, chunk=chunk)
+            return chunked_logprobs_and_entropy(
+                hidden_BTD, kernel, targets_BT, temperature, chunk=chunk, of_logits=self.cap_logits
+            )
         return logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature)
 
     def logprobs(
@@ -187,13 +260,17 @@ class Model:
 
     def decode_params(self, params: Params) -> Params:
         """Parameters as decoding wants them: layers as a list, in the compute dtype. Once per rollout."""
-        # Norm scales ([L, D]) stay float32 as in training: rounding them would make the sampler another policy.
-        cast = jax.tree.map(lambda x: x.astype(self.config.dtype) if x.ndim > 2 else x, params["layers"])
-        layers = [jax.tree.map(lambda x, i=i: x[i], cast) for i in range(self.config.n_layers)]
+
+        # Norms stay as they are, as in training: rounding them would make the sampler another policy.
+        def cast(path, x):
+            return x if path_names(path)[-1] in ("scale", "bias") else x.astype(self.config.dtype)
+
+        stacked = jax.tree_util.tree_map_with_path(cast, params["layers"])
+        layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.n_layers)]
         return params | {"layers": layers}
 
     def init_cache(self, rows: int, slots: int) -> Cache:
-        shape = (rows, self.config.n_kv_heads, slots, self.config.head_dim)
+        shape = (rows, self.config.n_kv_heads, slots, self.config.head_size)
         empty = lambda: constrain(jnp.zeros(shape, self.config.dtype), "batch", "kv_heads", None, None)  # noqa: E731
         return [LayerCache(empty(), empty()) for _ in range(self.config.n_layers)]
 
@@ -205,12 +282,18 @@ class Model:
         `mask_BTS` says which slots each new token sees. Prefill is the call with T = prompt length.
         """
         c = self.config
-        x_BTD = _apply(Embed(c), decode_params["embed"], tokens_BT)
+        x_BTD = _apply(Embed(c), decode_params["embed"], tokens_BT, positions_BT)
+        t = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        views = layer_views(
+            c, positions_BT, mask_BTS, slot + t, jnp.arange(mask_BTS.shape[2], dtype=jnp.int32)
+        )
         new_cache = []
-        for layer, layer_cache in zip(decode_params["layers"], cache, strict=True):
-            x_BTD, layer_cache = _apply(Block(c), layer, x_BTD, positions_BT, mask_BTS, layer_cache, slot)
+        for layer, windowed, layer_cache in zip(
+            decode_params["layers"], c.layers_windowed, cache, strict=True
+        ):
+            x_BTD, (layer_cache, _) = _apply(Block(c), layer, x_BTD, windowed, views, layer_cache, slot)
             new_cache.append(layer_cache)
-        return _apply(RMSNorm(c.norm_eps), decode_params["final_norm"], x_BTD), new_cache
+        return _apply(norm(c, "final_norm"), decode_params["final_norm"], x_BTD), new_cache
 
 
 def _apply(module: nn.Module, params: Params, *args) -> Any:

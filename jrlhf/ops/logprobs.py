@@ -5,6 +5,7 @@ log-softmax, in the sampler and here alike.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -68,12 +69,14 @@ def chunked_logprobs_and_entropy(
     temperature: jax.Array | float = 1.0,
     *,
     chunk: int,
+    of_logits: Callable[[jax.Array], jax.Array] = lambda logits: logits,
 ) -> tuple[jax.Array, jax.Array]:
     """(`token_logprobs`, `entropy`) of logits = hidden @ kernel, without ever holding all the logits.
 
     hidden [B, T, D], kernel [D, V], targets [B, T] -> two [B, T] float32. The head and the log-softmax run
     on `chunk` positions at a time (a scan along T), forward and backward, so that [B, chunk, V] float32 is
-    the largest array; the backward pass computes each chunk's logits again. The product is taken in
+    the largest array; the backward pass computes each chunk's logits again. `of_logits` is applied
+    to them before the temperature (a soft-cap). The product is taken in
     `hidden.dtype` and summed in float32; the kernel's gradient is accumulated in the kernel's dtype.
     """
     if chunk < 1:
@@ -91,7 +94,7 @@ def chunked_logprobs_and_entropy(
 
     @jax.checkpoint
     def one_chunk(kernel, hidden, targets):
-        return logprobs_and_entropy(_project(hidden, kernel), targets, temperature)
+        return logprobs_and_entropy(of_logits(_project(hidden, kernel)), targets, temperature)
 
     # Closing over the kernel uncast makes the backward scan accumulate its gradient in its own dtype.
     _, (logprobs, entropies) = jax.lax.scan(lambda carry, xs: (carry, one_chunk(kernel, *xs)), None, chunks)

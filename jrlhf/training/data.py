@@ -22,12 +22,14 @@ from jrlhf.data.batching import (
     encode_preference,
     encode_prompt,
     encode_rows,
+    encode_turns,
     pack,
     pack_texts,
     pad_batch,
     prefetch,
     stack_preferences,
 )
+from jrlhf.data.chat import prompt_text
 from jrlhf.data.report import Report
 from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
@@ -53,12 +55,13 @@ def text_batch(source: Source, tokenizer: Tokenizer, length: int, console: Conso
 def demonstration_batch(
     source: Source, tokenizer: Tokenizer, length: int, too_long: str, console: Console
 ) -> SequenceBatch:
-    """Demonstrations packed into rows of `length`; completions and EOS are targets."""
+    """Demonstrations packed into rows of `length`; completions (or all assistant turns) and EOS are targets."""
     rows = load_rows(source, "demonstration", console)
-    encode = partial(encode_demonstration, tokenizer=tokenizer, max_len=length, too_long=too_long)
-    examples, report = encode_rows(rows, encode, type(source).__name__)
+    encode = partial(encode_turns, tokenizer=tokenizer, max_len=length, too_long=too_long)
+    groups, report = encode_rows(rows, encode, type(source).__name__)
     if report.dropped or report.changed:
         console.print(f"  {report}", highlight=False)
+    examples = [example for group in groups for example in group]
     return SequenceBatch(**pack(examples, length, tokenizer.pad_id))
 
 
@@ -90,8 +93,9 @@ def in_eval_share(prompt: str, fraction: float) -> bool:
 
 
 def split_by_prompt(rows: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
-    held = [row for row in rows if in_eval_share(row["prompt"], fraction)]
-    kept = [row for row in rows if not in_eval_share(row["prompt"], fraction)]
+    chosen = [in_eval_share(prompt_text(row["prompt"]), fraction) for row in rows]
+    held = [row for row, is_held in zip(rows, chosen, strict=True) if is_held]
+    kept = [row for row, is_held in zip(rows, chosen, strict=True) if not is_held]
     if not kept or (fraction and not held):
         raise UserError(
             f"eval_fraction {fraction} leaves {len(kept)} rows to train on and {len(held)} to evaluate"

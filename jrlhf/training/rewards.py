@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jrlhf.algorithms.reward_model import sequence_scores
 from jrlhf.config import UserError, did_you_mean
+from jrlhf.data.chat import prompt_text
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
@@ -24,7 +25,10 @@ REWARDS: dict[str, RewardFn] = {**PROGRAM_REWARDS, **LAB_REWARDS}
 
 
 class Texts(NamedTuple):
-    """Responses on the host, as program rewards read them. `rows[i]["ended"]` says whether a stop token came."""
+    """Responses on the host, as program rewards read them. `rows[i]["ended"]` says whether a stop token came.
+
+    A prompt of messages is given as a dialogue in plain text (`prompt_text`); `rows[i]["prompt"]` has them.
+    """
 
     prompts: list[str]
     completions: list[str]
@@ -82,7 +86,7 @@ def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Text
     """Decode a rollout, whole on every host."""
     ids, ended = response_ids(rollout), fetch(rollout.ended)
     return Texts(
-        prompts=[row["prompt"] for row in rows],
+        prompts=[prompt_text(row["prompt"]) for row in rows],
         completions=[tokenizer.decode(i) for i in ids],
         rows=[{**row, "ended": bool(e)} for row, e in zip(rows, ended, strict=True)],
         ids=ids,

@@ -17,6 +17,7 @@ from jrlhf.data.sources import (
     HHSource,
     HubSource,
     TextFileSource,
+    check_row,
     dialogue_text,
     in_test_split,
     load,
@@ -33,6 +34,9 @@ def write_jsonl(path, rows):
 
 PAIR = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
 DEMONSTRATION = {"prompt": "p", "completion": "c"}
+ASKS, SAYS = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+TOOL = {"role": "tool", "content": "t"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 
 
 # --- rows that do not fit -------------------------------------------------------------------------------
@@ -64,6 +68,53 @@ DEMONSTRATION = {"prompt": "p", "completion": "c"}
             "Did you mean 'user'",
         ),
         ("demonstration", {"prompt": [{"role": "user"}], "completion": "c"}, "a message needs 'role' and"),
+        ("demonstration", {"prompt": [], "completion": "c"}, "there are no messages"),
+        (
+            "demonstration",
+            {"prompt": [SAYS], "completion": "c"},
+            "'prompt': the dialogue begins with the ass",
+        ),
+        (
+            "demonstration",
+            {"prompt": [ASKS, SAYS], "completion": "c"},
+            "'prompt': a prompt ends with the ass",
+        ),
+        (
+            "demonstration",
+            {"prompt": "p", "completion": [ASKS]},
+            "'completion': an answer begins with the user",
+        ),
+        (
+            "demonstration",
+            {"prompt": "p", "completion": [SAYS, ASKS]},
+            "'completion': .* message of the user",
+        ),
+        (
+            "demonstration",
+            {"prompt": "p", "completion": [SAYS, TOOL]},
+            "'completion': an answer ends with the t",
+        ),
+        ("demonstration", {"messages": [ASKS]}, "'messages': the assistant says nothing"),
+        ("demonstration", {"messages": "x"}, "'messages' is str, expected text or messages"),
+        ("demonstration", {"messages": [ASKS, SAYS], "completion": "c"}, "has 'messages' and 'completion'"),
+        (
+            "demonstration",
+            {"messages": [ASKS, {"role": "assistant", "content": 3}]},
+            "'content' is int, not text",
+        ),
+        ("demonstration", {"messages": [ASKS, SAYS], "tools": "x"}, "'tools' is not a list of functions"),
+        (
+            "preference",
+            {**PAIR, "responses": ["a", [ASKS]]},
+            r"responses\[1\]': an answer begins with the user",
+        ),
+        (
+            "preference",
+            {"chosen": [ASKS, SAYS], "rejected": [ASKS, SAYS], "prompt": "p"},
+            "answer begins with the user. format='preference' would fit",
+        ),
+        ("binary", {**DEMONSTRATION, "label": 1}, "field 'label' is 1, expected true or false"),
+        ("binary", DEMONSTRATION, "no field 'label'"),
         ("text", {"texts": "x"}, "no field 'text'. Did you mean 'texts'"),
         ("prompt", {"prompt": "p", "answer": 4}, "'answer' is int"),
         ("prompt", ["p"], "expected an object with fields, got list"),
@@ -71,7 +122,7 @@ DEMONSTRATION = {"prompt": "p", "completion": "c"}
     ],
 )
 def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, kind, bad, message):
-    good = {"text": "t", **DEMONSTRATION, **PAIR}
+    good = {"text": "t", **DEMONSTRATION, **PAIR, "label": True}
     path = write_jsonl(tmp_path / "rows.jsonl", [good, "", bad, good])  # the blank line counts as a line
     with pytest.raises(UserError, match=message) as caught:
         load(FileSource(path, kind))
@@ -107,6 +158,18 @@ def test_mistakes_in_a_source_show_before_anything_is_read(tmp_path):
         (lambda: FileSource("x.jsonl", "text", max_rows=0), "max_rows is 0"),
         (lambda: TextFileSource("x.txt", separator=""), "separator is empty"),
         (lambda: HubSource("x", "pairs"), "unknown kind 'pairs'"),
+        (lambda: FileSource("x.jsonl"), r"name the kind of rows \(text, .*, or a format \(auto, text, "),
+        (lambda: FileSource("x.jsonl", format="alpacca"), "unknown format 'alpacca'. Did you mean 'alpaca'"),
+        (
+            lambda: FileSource("x.jsonl", "preference", format="alpaca"),
+            "has no 'preference' rows. It has: demon",
+        ),
+        (lambda: FileSource("x.jsonl", "text", chat="plain"), "unknown chat 'plain'"),
+        (
+            lambda: FileSource("x", format="alpaca", columns={"inputs": "a"}),
+            "of format 'alpaca'.* mean 'input'",
+        ),
+        (lambda: HHSource("x", chat="bare"), "unknown chat 'bare'"),
         (lambda: HHSource("x", split="valid"), "unknown split 'valid'"),
         (lambda: HHSource("x", test_fraction=5), "test_fraction is 5"),
         (lambda: HHSource("x", kind="text"), "no 'text' rows"),
@@ -116,6 +179,45 @@ def test_mistakes_in_a_source_show_before_anything_is_read(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
     with pytest.raises(UserError, match=r"pair.jsonl: no such file. Did you mean 'pairs.jsonl'"):
         load(FileSource(str(tmp_path / "pair.jsonl"), "preference"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("demonstration", {"prompt": [ASKS, SAYS, ASKS], "completion": [CALL, TOOL, SAYS]}),
+        ("demonstration", {"prompt": [ASKS], "completion": "a"}),
+        (
+            "demonstration",
+            {"messages": [{"role": "system", "content": "s"}, ASKS, CALL, TOOL, SAYS], "tools": []},
+        ),
+        ("preference", {**PAIR, "prompt": [ASKS], "responses": [[SAYS], "b"]}),
+        ("binary", {"prompt": [ASKS, CALL, TOOL], "completion": [SAYS], "label": False}),
+        ("prompt", {"prompt": [ASKS], "answer": "7", "tools": [{"type": "function"}]}),
+    ],
+)
+def test_messages_may_stand_where_text_does(kind, row):
+    assert check_row(row, kind, "here") is row
+
+
+@pytest.mark.parametrize(
+    ("message", "fault"),
+    [
+        ({"role": "critic", "content": "x"}, r"'messages\[1\]': unknown role 'critic'"),
+        ({"role": "assistant"}, r"'messages\[1\]': a message needs 'role' and 'content'"),
+        ({"role": "assistant", "content": None}, r"'messages\[1\].content' is NoneType, expected text"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "'messages.*content' is NoneType"),
+        ("hello", r"'messages\[1\]': a message needs"),
+    ],
+)
+def test_a_bad_message_is_named(message, fault):
+    with pytest.raises(UserError, match=f"^pairs row 3: field {fault}"):
+        check_row({"messages": [ASKS, message]}, "demonstration", "pairs row 3")
+
+
+def test_tools_are_objects():
+    for tools in ("f", ["f"]):
+        with pytest.raises(UserError, match=r"^here: field 'tools' must be a list of objects"):
+            check_row({"prompt": "p", "tools": tools}, "prompt", "here")
 
 
 def test_validate_passes_rows_on_and_names_the_first_bad_one():
@@ -170,17 +272,23 @@ def test_columns_reach_into_nested_records_and_pairs_become_ranks(tmp_path):
             load(FileSource(path, "text", {"text": column}))
 
 
-def test_chat_messages_become_a_dialogue(tmp_path):
+def test_chat_messages_stay_or_become_text(tmp_path):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     assert dialogue_text(messages) == "\n\nSystem: Be kind.\n\nHuman: Hi"
     answer = {"role": "assistant", "content": "Hello"}
     rows = [{"prompt": messages, "completion": [answer], "chosen": answer, "rejected": "x"}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    (demonstration,), _ = load(FileSource(path, "demonstration"))
+    ((demonstration,), _) = load(FileSource(path, "demonstration"))
+    assert (demonstration["prompt"], demonstration["completion"]) == (messages, [answer])
+    preference = load(FileSource(path, "preference"))[0][0]
+    assert preference["responses"] == [[answer], [{"role": "assistant", "content": "x"}]]
+    (demonstration,), _ = load(FileSource(path, "demonstration", chat="dialogue"))
     assert demonstration["prompt"] == "\n\nSystem: Be kind.\n\nHuman: Hi\n\nAssistant:"
     assert demonstration["completion"] == " Hello"
-    assert load(FileSource(path, "preference"))[0][0]["responses"] == [" Hello", "x"]
-    (text,), _ = load(FileSource(path, "text", {"text": "prompt"}))
+    assert load(FileSource(path, "preference", chat="dialogue"))[0][0]["responses"] == [" Hello", " x"]
+    (demonstration,), _ = load(FileSource(path, "demonstration", chat="bare"))
+    assert (demonstration["prompt"], demonstration["completion"]) == ("Be kind.\n\nHi", "Hello")
+    (text,), _ = load(FileSource(path, "text", {"text": "prompt"}, chat="dialogue"))
     assert text["text"] == dialogue_text(messages)
 
 
@@ -329,6 +437,21 @@ def test_hh_real_pairs(shared_data):
     assert demonstration == {"prompt": train[0]["prompt"], "completion": train[0]["responses"][0]}
 
 
+def test_hh_in_messages_is_the_same_dialogue(shared_data):
+    path = str(shared_data / "hh-harmless-base" / "pairs.jsonl")
+    for kind in ("preference", "demonstration", "prompt"):
+        texts, chats = (load(HHSource(path, kind=kind, chat=chat))[0] for chat in ("dialogue", "messages"))
+        for text, chat in zip(texts, chats, strict=True):
+            check_row(chat, kind, "row")
+            assert dialogue_text(chat["prompt"]) + "\n\nAssistant:" == text["prompt"]
+            assert chat["prompt"][0]["role"] == "user"
+            if kind == "preference":
+                spoken = [dialogue_text(a).removeprefix("\n\nAssistant:") for a in chat["responses"]]
+                assert spoken == text["responses"]
+    again, _ = load(FileSource(path, format="hh", chat="dialogue"))  # the same, without a split
+    assert all(row in again for row in load(HHSource(path, max_rows=20))[0])
+
+
 def test_the_split_is_a_function_of_prompt_and_seed():
     prompts = [f"prompt {i}" for i in range(2000)]
     chosen = [in_test_split(p, 0.3, 0) for p in prompts]
@@ -363,7 +486,7 @@ def test_gsm8k_columns(shared_data):
 def test_llamafactory_sharegpt_pairs(shared_data):
     path = str(shared_data / "llamafactory-demo" / "dpo_en_demo.json")
     records = json.loads(Path(path).read_text())
-    rows, _ = load(FileSource(path, "preference", {"prompt": "conversations"}))
+    rows, _ = load(FileSource(path, "preference", {"prompt": "conversations"}, chat="dialogue"))
     assert len(rows) == 300
     for row, record in zip(rows, records, strict=True):
         assert row["responses"] == [" " + record["chosen"]["value"], " " + record["rejected"]["value"]]

@@ -119,7 +119,11 @@ def test_scores_equal_transformers(golden):
     scores = np.asarray(jax.jit(model.scores)(params, jnp.asarray(tokens), jnp.asarray(mask)))
     last = scores[np.arange(len(tokens)), mask.sum(axis=1) - 1]
     np.testing.assert_allclose(last, golden["scalar/scores"], rtol=0, atol=2e-5)
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    dtypes = {name: {str(x.dtype) for x in jax.tree.leaves(tree)} for name, tree in params.items()}
+    assert dtypes.pop("score") == {"float32"}
+    assert set.union(*dtypes.values()) == {"bfloat16"}  # as the file has it
+    _, params = load_hf(GOLDEN / "llama_scalar", head="scalar", param_dtype="float32")
+    assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"float32"}
 
 
 # --- config.json --------------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_absent_fields_mean_what_transformers_takes(checkpoint):
     edit_json(checkpoint / "config.json", num_key_value_heads=..., head_dim=..., rms_norm_eps=...)
     edit_json(checkpoint / "config.json", rope_parameters=..., tie_word_embeddings=...)
     config = config_from_hf(checkpoint)
-    assert (config.n_kv_heads, config.head_dim, config.norm_eps) == (4, 8, 1e-6)
+    assert (config.n_kv_heads, config.head_size, config.norm_eps) == (4, 8, 1e-6)
     assert (config.rope_theta, config.tie_embeddings) == (10_000.0, False)
 
 
@@ -153,14 +157,27 @@ def test_rope_theta_of_older_files(checkpoint):
     ("fields", "says"),
     [
         ({"model_type": "lama"}, "model_type 'lama' is not supported. Did you mean 'llama'?"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported. Known: llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported. Did you mean 'llama'?"),
+        (
+            {"model_type": "bert"},
+            "model_type 'bert' is not supported. Known: gemma, gemma2, gemma3_text, gpt2",
+        ),
         ({"architectures": ["LlamaForTokenClassification"]}, "Known: one of LlamaForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"mlp_bias": True}, "mlp_bias True"),
-        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling {'rope_type': 'llama3'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type 'yarn'"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
+            "rope_scaling.rope_type 'dynamic' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factr": 8.0}},
+            "rope_scaling.factr is not supported. Did you mean 'factor'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "8"}},
+            "rope_scaling: factor must be a float, got '8'",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "no field rope_parameters.factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5"),
         ({"rope_theta": 1e6}, "rope_theta 1000000.0 differs from rope_parameters.rope_theta 50000.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),
@@ -290,7 +307,7 @@ def test_sixteen_bit_files_become_float32(checkpoint, dtype):
     params = load_hf(checkpoint)[1]
     edit_tensors(checkpoint / "model.safetensors", cast)
     rounded = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(dtype).astype(np.float32)), params)
-    assert_same(load_hf(checkpoint)[1], rounded)
+    assert_same(load_hf(checkpoint, param_dtype="float32")[1], rounded)
 
 
 def test_each_device_is_given_its_own_part(tmp_path):
@@ -359,8 +376,11 @@ def test_bfloat16_files_are_rounded_once(tmp_path):
     model = MODELS["untied"]
     params = random_params(model)
     save_hf(tmp_path / "a", model, params, dtype="bfloat16")
-    loaded = load_hf(tmp_path / "a")[1]
+    loaded = load_hf(tmp_path / "a", param_dtype="float32")[1]
     assert_same(loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+    half = load_hf(tmp_path / "a")[1]
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    assert_same(jax.tree.map(lambda x: x.astype(jnp.float32), half), loaded)
     save_hf(tmp_path / "b", model, loaded, dtype="bfloat16")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     assert json.loads((tmp_path / "a/config.json").read_text())["torch_dtype"] == "bfloat16"
