@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 
 quickstart: $(VENV)/.installed
 	$(BIN)/jrlhf run experiments/larder/ppo_vs_dpo.py
+	@echo 'To use the jrlhf command in this shell: . $(BIN)/activate    Then for example: jrlhf chat larder-ppo-vs-dpo:ppo'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 15

@@ -110,11 +110,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     command("list", _list, "list the runs")
 
-    p = command("show", _show, "show a run's config, stages and results")
-    p.add_argument("run", help="run folder, or the beginning of a run's name")
+    p = command("show", _show, "show a run's stages and results")
+    p.add_argument("run", help=f"{_RUN}")
+    p.add_argument("--config", action="store_true", help="the resolved config as well")
 
     p = command("compare", _compare, "write a report that compares runs")
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or beginnings of runs' names")
+    p.add_argument("runs", nargs="+", metavar="RUN", help=f"each {_RUN}")
     p.add_argument("--out", type=Path, default=Path("report"), help="folder of the report (default: report)")
 
     p = command("generate", _generate, "print a model's answers to prompts")
@@ -124,13 +125,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     p = command("chat", _chat, "talk with a model")
     _add_model(p)
+    p.add_argument("--system", default="", metavar="TEXT", help="message that begins the conversation")
 
     p = command("export", _export, "save a model as a Hugging Face checkpoint")
-    p.add_argument("model", metavar="MODEL", help=_MODEL)
+    p.add_argument("model", metavar="MODEL", help="RUN:STAGE[:SEED] or a stage folder")
     p.add_argument("folder", type=Path, help="folder to write")
     return parser, made
 
 
+_RUN = "a run folder, or a run's name or the beginning of it (of several runs the newest finished one)"
 _MODEL = "RUN[:STAGE[:SEED]], a stage folder, or a Hugging Face checkpoint (folder or hub name)"
 
 
@@ -142,6 +145,9 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    p.add_argument(
+        "--raw", action="store_true", help="prompts as they stand, also where the model has a chat template"
+    )
     p.add_argument("--seed", type=int, default=0)
 
 
@@ -165,7 +171,10 @@ def _parse_run(parser: _Parser, argv: list[str]) -> argparse.Namespace:
     own = set(parser._option_string_actions)
     mine: list[str] = []
     overrides: list[str] = []
-    for option, values in group_options(argv):
+    groups = group_options(argv)
+    if not any(option == "" for option, _ in groups):
+        groups = _file_first(groups)
+    for option, values in groups:
         if option in ("", *own):
             mine += [option, *values] if option else values
         else:
@@ -177,6 +186,20 @@ def _parse_run(parser: _Parser, argv: list[str]) -> argparse.Namespace:
     options.overrides, options.own, options.help = overrides, own, parser if wants_help else None
     options.runs_dir = options.runs_dir or _default_runs_dir()
     return options
+
+
+def _file_first(groups: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """FILE found behind `--force STAGE ...`, where it can be told from a stage's name."""
+    for option, values in groups:
+        if values and option not in ("--runs-dir", "--import", "--devices"):
+            is_file = "/" in values[-1] or values[-1].endswith((".py", ".json"))
+            if option == "--force" and is_file:
+                return [("", [values.pop()]), *groups]
+            if is_file:
+                raise UserError(
+                    f"{option}: the experiment file comes before the options: jrlhf run {values[-1]} ..."
+                )
+    return groups
 
 
 def _default_runs_dir() -> Path:
@@ -199,7 +222,8 @@ def _run(options: argparse.Namespace) -> int:
     from jrlhf import experiment as ex
 
     if not options.help:
-        _set_up_jax(options.devices, options.runs_dir, options.distributed)
+        cache = None if options.dry_run else options.runs_dir  # a dry run creates nothing
+        _set_up_jax(options.devices, cache, options.distributed)
     for file in options.imports:
         ex.load_python(Path(file))
     if not options.file.endswith(".py"):
@@ -248,11 +272,11 @@ def _import_rooms() -> None:
             importlib.import_module(module.name)
 
 
-def _set_up_jax(devices: int | None, runs_dir: Path, distributed: bool) -> None:
+def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -> None:
     """What has to be set before jax looks at its devices.
 
     On a machine without accelerators jax makes `devices` virtual CPU devices, so that a sharded experiment
-    runs anywhere. Compiled programs are kept in `<runs_dir>/.jax_cache`.
+    runs anywhere. Compiled programs are kept in `<runs_dir>/.jax_cache` (None: nowhere).
     """
     import jax
 
@@ -270,7 +294,7 @@ def _set_up_jax(devices: int | None, runs_dir: Path, distributed: bool) -> None:
                 raise UserError(
                     f"--devices {devices}: jax has started with {jax.device_count('cpu')}"
                 ) from None
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if runs_dir is not None and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
     if distributed:
         try:
@@ -304,6 +328,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 def _list(options: argparse.Namespace) -> int:
     from datetime import datetime
 
+    from rich.markup import escape
     from rich.table import Table
 
     from jrlhf import experiment as ex
@@ -312,43 +337,62 @@ def _list(options: argparse.Namespace) -> int:
     if not runs:
         print(f"no runs in {options.runs_dir}")
         return 0
-    table = Table("run", "stages", "seeds", "finished", "last started")
+    table = Table("run", "finished", "last started", "seeds", "stages", "differs from the first so named in")
+    for column in table.columns[:3]:
+        column.no_wrap = True
+    first: dict[str, Any] = {}  # experiment's name -> config of its oldest run
     for run in runs:
-        stages = ex.stage_folders(run)
+        stages, config = ex.stage_folders(run), read_json(run / "config.json")
         folders = [f for seeds in stages.values() for f in seeds.values()]
         finished = sum((f / "done.json").exists() for f in folders)
         seeds = sorted({int(s) for of_stage in stages.values() for s in of_stage})
         started = datetime.fromtimestamp((run / "stages.json").stat().st_mtime)
+        changes = ex.differences(first.setdefault(ex.experiment_name(run), config), config)
         table.add_row(
-            run.name, ", ".join(stages), " ".join(map(str, seeds)), f"{finished}/{len(folders)}",
-            f"{started:%Y-%m-%d %H:%M}",
+            run.name, f"{finished}/{len(folders)}", f"{started:%Y-%m-%d %H:%M}", " ".join(map(str, seeds)),
+            ", ".join(stages), escape(_few(changes)),
         )  # fmt: skip
     _wide_console().print(table)
     return 0
 
 
+def _few(words: list[str], most: int = 4) -> str:
+    rest = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + rest
+
+
 def _show(options: argparse.Namespace) -> int:
+    from rich.markup import escape
     from rich.table import Table
     from rich.tree import Tree
 
     from jrlhf import experiment as ex
 
-    run = ex.find_run(options.run, options.runs_dir)
+    run = ex.find_run(options.run, options.runs_dir, _notice)
     console = _wide_console()
-    tree = Tree(f"[bold]{run}[/]", highlight=False)
-    _grow(tree, read_json(run / "config.json"))
-    console.print(tree)
-    table = Table("stage", "seed", "status", "time", "folder", "results")
+    table = Table(
+        "stage", "seed", "status", "time", "folder", "results", title=str(run), title_justify="left"
+    )
     for name, seeds in ex.stage_folders(run).items():
         for seed, folder in seeds.items():
             done = read_json(folder / "done.json") if (folder / "done.json").exists() else None
             status = "finished" if done else "partial" if folder.exists() else "to do"
             table.add_row(
                 name, seed, status, f"{done['seconds']:.1f} s" if done else "-", folder.name,
-                "\n".join(_flat(done["results"])) if done else "",
+                escape("\n".join(_flat(done["results"]))) if done else "",
             )  # fmt: skip
     console.print(table)
+    if not options.config:
+        console.print(f"its config: jrlhf show {run.name} --config", highlight=False)
+        return 0
+    tree = Tree("[bold]config[/]", highlight=False)
+    _grow(tree, read_json(run / "config.json"))
+    console.print(tree)
     return 0
+
+
+def _notice(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _grow(tree: Any, data: Any) -> None:
@@ -367,20 +411,30 @@ def _grow(tree: Any, data: Any) -> None:
 
 
 def _flat(results: Any, name: str = "") -> Iterator[str]:
-    """Results one per line; long lists are left to the file."""
-    if isinstance(results, dict):
-        for key, value in results.items():
-            yield from _flat(value, f"{name}.{key}" if name else key)
-    elif isinstance(results, list) and len(results) > 8:
-        yield f"{name}: {len(results)} values"
+    """Results as lines, the numbers of one group in one; long lists are left to the file."""
+    if not isinstance(results, dict):
+        yield f"{name}: {_short(results)}"
+        return
+    numbers = {k: v for k, v in results.items() if not isinstance(v, dict)}
+    if name and len(numbers) > 1:
+        yield f"{name}: " + "  ".join(f"{k} {_short(v)}" for k, v in numbers.items())
     else:
-        yield f"{name}: {results:.6g}" if isinstance(results, float) else f"{name}: {results}"
+        yield from (f"{name}.{k}: {_short(v)}" if name else f"{k}: {_short(v)}" for k, v in numbers.items())
+    for key, value in results.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}.{key}" if name else key)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} values"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _compare(options: argparse.Namespace) -> int:
     from jrlhf.experiment import find_run
 
-    runs = [find_run(r, options.runs_dir) for r in options.runs]
+    runs = [find_run(r, options.runs_dir, _notice) for r in options.runs]
 
     from jrlhf.compare.report import write_report
 
@@ -412,7 +466,7 @@ def _generate(options: argparse.Namespace) -> int:
     from jrlhf.training import serve
 
     for prompt in options.prompt:
-        serve.generate(path, prompt, n=options.n, console=Console(), **sampling)
+        serve.generate(path, prompt, n=options.n, console=Console(), raw=options.raw, **sampling)
     return 0
 
 
@@ -424,7 +478,7 @@ def _chat(options: argparse.Namespace) -> int:
     _set_up_jax(None, options.runs_dir, distributed=False)
     from jrlhf.training import serve
 
-    serve.chat(path, console=Console(), **sampling)
+    serve.chat(path, console=Console(), raw=options.raw, system=options.system, **sampling)
     return 0
 
 
@@ -440,13 +494,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _model_folder(text: str, runs_dir: Path) -> Path:
-    """A path, or a hub name, as it is; RUN as its run folder; RUN:STAGE[:SEED] as that stage's folder."""
-    if Path(text).exists() or (text.count("/") == 1 and ":" not in text):
+    """A path, or a hub name, as it is; RUN as its run folder; RUN:STAGE[:SEED] as that stage's folder.
+
+    UserError for a stage that holds no model.
+    """
+    if Path(text).exists():
+        _check_holds_model(text, Path(text), runs_dir)
         return Path(text)
+    if text.count("/") == 1 and ":" not in text and not Path(text).parent.is_dir():
+        return Path(text)  # a name of the hub's
     from jrlhf.experiment import find_run, stage_folders
 
     run_name, *rest = text.split(":")
-    run = find_run(run_name, runs_dir)
+    run = find_run(run_name, runs_dir, _notice)
     if not rest:
         return run
     if len(rest) > 2:
@@ -458,7 +518,24 @@ def _model_folder(text: str, runs_dir: Path) -> Path:
     seed = rest[1] if len(rest) == 2 else next(iter(seeds))
     if seed not in seeds:
         raise UserError(f"{text}: stage {rest[0]!r} has no seed {seed!r}.{did_you_mean(seed, seeds)}")
+    held = [name for name, of_seed in stages.items() if any(map(_holds_model, of_seed.values()))]
+    _check_holds_model(text, seeds[seed], runs_dir, f" Stages with a model: {', '.join(held) or '(none)'}.")
     return seeds[seed]
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "model" / "model.json").is_file()
+
+
+def _check_holds_model(text: str, folder: Path, runs_dir: Path, others: str = "") -> None:
+    """UserError for a stage folder without a model; run folders and checkpoints pass."""
+    is_stage = folder.resolve().parent == (runs_dir / "stages").resolve()
+    if is_stage and not _holds_model(folder):
+        config = folder / "config.json"
+        kind = read_json(config)["stage"]["type"] if config.is_file() else ""
+        done = (folder / "done.json").is_file()
+        why = f"this stage ({kind}) leaves no model." if done else "this stage has not finished."
+        raise UserError(f"{text}: {why}{others}")
 
 
 if __name__ == "__main__":

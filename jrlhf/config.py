@@ -20,7 +20,9 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
+    NamedTuple,
     TypeVar,
     Union,
     get_args,
@@ -84,6 +86,14 @@ class MeshConfig:
     tensor: int = 1
 
 
+# What a stage leaves in its folder (`Stage.artifact`), for a field that names a stage to say which it needs.
+LANGUAGE_MODEL = "a language model"
+REWARD_MODEL = "a reward model"
+PREFERENCES = "preferences"
+BEST_OF_N = "a best-of-n table"
+EVALUATION = "an evaluation"
+
+
 @dataclass(frozen=True)
 class Source:
     """Where rows come from. To add one: a frozen dataclass with the one method `rows`.
@@ -91,6 +101,8 @@ class Source:
     `rows()` yields dicts of one schema of `jrlhf.types` and must yield the same rows in the same order on
     every call (a source that draws has its own `seed` field).
     """
+
+    abstract: ClassVar[bool] = True  # of this class alone: not to be offered where a Source is wanted
 
     def rows(self) -> Iterator[dict]:
         raise TypeError(f"{type(self).__name__} does not define rows()")
@@ -104,23 +116,34 @@ class Source:
 class Labeler:
     """Who compares answers. To add one: a frozen dataclass with the one method `label`."""
 
+    abstract: ClassVar[bool] = True
+
     def label(self, rows: list[dict], responses: list[list[str]], seed: int) -> "list[PreferenceRow]":
         """One PreferenceRow per prompt row: ranks (1 is best, equal is a tie) and, where known, `scores`,
         `criteria`, `labeler`. The draws depend on `seed` alone."""
         raise TypeError(f"{type(self).__name__} does not define label()")
 
 
-def stage_ref(default: Any = dataclasses.MISSING) -> Any:
+def stage_ref(default: Any = dataclasses.MISSING, artifact: str = "") -> Any:
     """A stage's field that names another stage (a str or a tuple of str); the graph is read from these.
 
-    An empty string names none.
+    An empty string names none. `artifact` is what that stage must leave (LANGUAGE_MODEL, ...; "": anything).
     """
-    return dataclasses.field(default=default, metadata={"stage_ref": True})
+    return dataclasses.field(default=default, metadata={"stage_ref": True, "artifact": artifact})
 
 
-def stage_ref_or_name(default: Any = dataclasses.MISSING) -> Any:
+def stage_ref_or_name(default: Any = dataclasses.MISSING, artifact: str = "") -> Any:
     """Like `stage_ref`, but a value that is no stage's name means something else (a program reward)."""
-    return dataclasses.field(default=default, metadata={"stage_ref": "maybe"})
+    return dataclasses.field(default=default, metadata={"stage_ref": "maybe", "artifact": artifact})
+
+
+class Reference(NamedTuple):
+    """A field that names a stage."""
+
+    field: str  # its path inside the stage
+    name: str
+    optional: bool  # a name that is no stage's means something else
+    artifact: str  # what the named stage must leave; "": anything
 
 
 def no_fingerprint(default: Any = dataclasses.MISSING) -> Any:
@@ -136,24 +159,34 @@ class Stage:
     the seed and the parents' folders, because a finished stage is reused wherever an equal one is asked for.
     """
 
+    abstract: ClassVar[bool] = True
+    artifact: ClassVar[str] = ""  # what it leaves for others to start from: LANGUAGE_MODEL, ...; "": nothing
+
+    def references(self) -> tuple[Reference, ...]:
+        """Every `stage_ref` field that names something, in field order."""
+        return tuple(_references(self))
+
     def parents(self, known: Iterable[str]) -> tuple[str, ...]:
         """Names of the stages that this one starts from, in field order, each once.
 
         `known` are the experiment's stage names; a `stage_ref_or_name` value counts only if it is one.
         """
         known = set(known)
-        names = (n for n, maybe in _references(self) if n in known or not maybe)
+        names = (r.name for r in self.references() if r.name in known or not r.optional)
         return tuple(dict.fromkeys(names))
 
-    def validate(self, names: tuple[str, ...]) -> None:
-        """Raise UserError if the fields do not fit together. `names` are the experiment's stages."""
+    def validate(self, stages: "Mapping[str, Stage]") -> None:
+        """Raise UserError if the fields do not fit together, or to the experiment's other `stages` (by name).
+
+        That these exist and leave what the fields need (`stage_ref`) was checked before.
+        """
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise UserError if the stage cannot run on the devices that there are. Called before any stage runs."""
 
     def files(self) -> tuple[str, ...]:
         """Local files (or folders) whose content is part of the fingerprint: those of nested Sources."""
-        found = (f for part in _nested(self) if isinstance(part, Source) for f in part.files())
+        found = (f for _, part in _nested(self) if isinstance(part, Source) for f in part.files())
         return tuple(dict.fromkeys(found))
 
     def plan(self, ctx: "StageContext") -> "Plan":
@@ -186,29 +219,29 @@ class StageContext:
     runs_dir: Path
 
 
-def _nested(value: Any) -> Iterator[Any]:
-    """`value` and every dataclass inside it, outermost first."""
+def _nested(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, dataclass): `value` and every dataclass inside it, outermost first."""
     if dataclasses.is_dataclass(value):
-        yield value
+        yield where, value
         for f in dataclasses.fields(value):
-            yield from _nested(getattr(value, f.name))
+            yield from _nested(getattr(value, f.name), _join(where, f.name))
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _nested(item)
+        for i, item in enumerate(value):
+            yield from _nested(item, _join(where, str(i)))
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _nested(item)
+        for key, item in value.items():
+            yield from _nested(item, _join(where, str(key)))
 
 
-def _references(value: Any) -> Iterator[tuple[str, bool]]:
-    """(name, may be something else than a stage) of every `stage_ref` field in `value`."""
-    for part in _nested(value):
+def _references(value: Any) -> Iterator[Reference]:
+    """Every stage that a `stage_ref` field in `value` names."""
+    for where, part in _nested(value):
         for f in dataclasses.fields(part):
             if kind := f.metadata.get("stage_ref"):
                 refs = getattr(part, f.name)
                 for name in (refs,) if isinstance(refs, str) else refs or ():
                     if name:
-                        yield name, kind == "maybe"
+                        yield Reference(_join(where, f.name), name, kind == "maybe", f.metadata["artifact"])
 
 
 # --- dataclass <-> JSON -------------------------------------------------------------------------------------
@@ -240,6 +273,9 @@ def _join(where: str, name: str) -> str:
 def _wrong(where: str, tp: Any, value: Any) -> UserError:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    texts = (a for m in _members(tp) if get_origin(m) is Literal for a in get_args(m) if isinstance(a, str))
+    if isinstance(value, str) and not any(texts):
+        shown = f"the string {shown}"
     return UserError(f"{where or 'value'}: expected {_describe(tp)}, got {shown}")
 
 
@@ -320,6 +356,11 @@ def _known_classes(bases: Iterable[type], where: str) -> dict[str, type]:
             raise _twins(where, other, cls)
         known[cls.__name__] = cls
     return known
+
+
+def _offered(classes: Mapping[str, type]) -> list[str]:
+    """The names of those that are no mere base for others."""
+    return [name for name, cls in classes.items() if not cls.__dict__.get("abstract", False)]
 
 
 def _same_definition(a: type, b: type) -> bool:
@@ -420,7 +461,7 @@ def _pick(tp: Any, bases: list[type], data: Mapping, where: str) -> type:
     name = data.get("type")
     if name is None:
         if _carries_type(tp, bases[0]):
-            known = [n for n, c in _known_classes(bases, where).items() if c not in bases or len(bases) > 1]
+            known = _offered(_known_classes(bases, where))
             raise UserError(f"{where or 'config'}: the field 'type' is missing.{did_you_mean('', known)}")
         return bases[0]
     known_classes = _known_classes(bases, where)
@@ -428,7 +469,7 @@ def _pick(tp: Any, bases: list[type], data: Mapping, where: str) -> type:
         known_as = " or ".join(f"a {b.__name__}" for b in bases)
         raise UserError(
             f"{_join(where, 'type')}: {name!r} is not {known_as}."
-            f"{did_you_mean(name, known_classes)} (For a class of your own, pass the file that defines it: "
+            f"{did_you_mean(name, _offered(known_classes))} (For a class of your own, pass the file that defines it: "
             "--import FILE.py)"
         )
     return known_classes[name]
@@ -539,6 +580,11 @@ def _no_such_option(name: str, known: Mapping[str, Any], others: Iterable[str]) 
     folder, _, last = name.rpartition(".")
     siblings = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == folder}
     if folder and siblings:
+        deeper = [p for p in known if p.startswith(folder + ".") and p.rpartition(".")[2] == last]
+        if deeper:
+            return UserError(
+                f"--{name}: no such field. Did you mean {' or '.join(f'--{p}' for p in deeper)}?"
+            )
         return UserError(f"--{name}: no such field.{did_you_mean(last, siblings)}")
     near = difflib.get_close_matches(name, [*known, *(o.removeprefix("--") for o in others)], n=1)
     hint = f"Did you mean '--{near[0]}'?" if near else "`jrlhf run FILE --help` lists the fields."
@@ -566,7 +612,11 @@ def _parse(tp: Any, values: list[str], path: str) -> Any:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             parsed = tyro.cli(tp, args=values)
     except SystemExit:
-        raise UserError(f"--{path}: expected {_describe(tp)}, got {' '.join(values)!r}") from None
+        hint = ""
+        if any(_is_sequence(m) for m in members) and any("," in v for v in values):
+            apart = " ".join(v.strip("[]() ") for word in values for v in word.split(",")).split()
+            hint = f". Separate by spaces: --{path} {' '.join(apart)}"
+        raise UserError(f"--{path}: expected {_describe(tp)}, got {' '.join(values)!r}{hint}") from None
     return _encode(tp, parsed, path)
 
 

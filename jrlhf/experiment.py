@@ -2,7 +2,7 @@
 
     experiment = Experiment(
         name="ppo_vs_dpo",
-        stages={"base": Pretrain(...), "sft": SFT(model="base", ...), "ppo": PPO(policy="sft", ...)},
+        stages={"base": Pretrain(...), "sft": SFT(start="base", ...), "ppo": PPO(start="sft", ...)},
         seeds=(0, 1, 2),
         seed_from="ppo",
     )
@@ -24,11 +24,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -44,6 +45,7 @@ from jrlhf.config import (
     STOP,
     MeshConfig,
     Preempted,
+    Reference,
     Stage,
     StageContext,
     UserError,
@@ -148,11 +150,26 @@ def load_python(path: Path) -> Any:
         file = path if e.filename == str(full) else e.filename
         raise UserError(f"{file}:{e.lineno}: {type(e).__name__}: {e.msg}") from e
     except (Exception, SystemExit) as e:
-        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(full)]
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(full)]
+        lines = [
+            f.lineno for f in frames if f.name != "__post_init__"
+        ]  # where a config is made, not its checks
         where = f"{path}:{lines[-1]}" if lines else str(path)
-        what = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+        what = _wrong_field(e) or (str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
         raise UserError(f"{where}: {what}") from e
     return module
+
+
+def _wrong_field(error: BaseException) -> str:
+    """Of an error in a config's own checks: which of its fields holds a value of the wrong type, if one does."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        config = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__post_init__" and dataclasses.is_dataclass(config):
+            try:
+                to_dict(config, where=type(config).__name__)
+            except UserError as wrong:
+                return str(wrong)
+    return ""
 
 
 def _files_near(path: Path) -> str:
@@ -189,17 +206,37 @@ def check(experiment: Experiment) -> list[str]:
             f"seed_from: {experiment.seed_from!r} is not a stage.{did_you_mean(experiment.seed_from, known)}"
         )
     for name, stage in stages.items():
-        for parent in stage.parents(known):
-            if parent not in stages:
-                hint = did_you_mean(parent, known)
-                raise UserError(f"stages.{name}: starts from {parent!r}, which is not a stage.{hint}")
+        for ref in stage.references():
+            if ref.name not in stages and not ref.optional:
+                hint = did_you_mean(ref.name, _fitting(experiment, name, ref))
+                raise UserError(f"stages.{name}.{ref.field}: {ref.name!r} is not a stage.{hint}")
     order = _topological(experiment)
     for name, stage in stages.items():
+        _check_artifacts(experiment, name, stage)
         try:
-            stage.validate(known)
+            stage.validate(stages)
         except UserError as e:
             raise UserError(f"stages.{name}: {e}") from e
     return order
+
+
+def _check_artifacts(experiment: Experiment, name: str, stage: Stage) -> None:
+    """That each stage that a field names leaves what the field needs."""
+    for ref in stage.references():
+        if ref.artifact and ref.name in experiment.stages:
+            named = experiment.stages[ref.name]
+            if named.artifact != ref.artifact:
+                fitting = ", ".join(_fitting(experiment, name, ref)) or "(none)"
+                raise UserError(
+                    f"stages.{name}.{ref.field}: needs {ref.artifact}, but {ref.name!r} ({type(named).__name__}) "
+                    f"leaves {named.artifact or 'nothing (it sets no `artifact`)'}. Stages that fit: {fitting}."
+                )
+
+
+def _fitting(experiment: Experiment, name: str, ref: Reference) -> list[str]:
+    """The stages that a field of stage `name` could name."""
+    stages = experiment.stages
+    return [n for n, s in stages.items() if n != name and (not ref.artifact or s.artifact == ref.artifact)]
 
 
 def _topological(experiment: Experiment) -> list[str]:
@@ -358,19 +395,18 @@ def run(
 
     Raises UserError for the user's mistakes and a full disk, Preempted when asked to stop (`STOP`).
     """
-    console = console or Console(quiet=not _leads())
+    console = console or Console(
+        quiet=not _leads(), soft_wrap=not sys.stdout.isatty()
+    )  # lines of a log stay whole
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
     forced = _forced(experiment, force)
-    for name in dict.fromkeys(t.name for t in todo if t.status != "finished" or t.name in forced):
-        try:
-            experiment.stages[name].check_mesh(experiment.mesh)
-        except UserError as e:
-            raise UserError(f"stages.{name}: {e}") from e
+    _check_mesh(experiment, todo, forced)
     folder = run_folder(experiment, runs_dir)
     env = environment()
     results: dict[str, dict[str, Any]] = {}
-    with _disk_full_is_a_user_error(runs_dir):
+    _say(console, f"{experiment.name}: {_amount(todo, forced)}")
+    with _disk_full_is_a_user_error(runs_dir), _no_run_of_nothing(folder, todo):
         if _leads():
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", to_dict(experiment))
@@ -389,6 +425,46 @@ def run(
                 write_json(folder / "results.json", results)
     _say(console, f"{experiment.name}: all stages finished, results in {folder}")
     return folder
+
+
+def _check_mesh(experiment: Experiment, todo: list[Task], forced: set[str]) -> None:
+    """That every stage that will run can run on the devices."""
+    for name in dict.fromkeys(t.name for t in todo if t.status != "finished" or t.name in forced):
+        try:
+            experiment.stages[name].check_mesh(experiment.mesh)
+        except UserError as e:
+            raise UserError(f"stages.{name}: {e}") from e
+
+
+def _amount(todo: list[Task], forced: set[str]) -> str:
+    """How much is to be done. A stage counts once for each of its seeds."""
+    different = {t.folder: t for t in todo}.values()  # equal stages share a folder
+    reused = sum(t.status == "finished" and t.name not in forced for t in different)
+    return f"stages to run: {len(different) - reused}, to reuse: {reused}"
+
+
+@contextlib.contextmanager
+def _no_run_of_nothing(folder: Path, todo: list[Task]) -> Iterator[None]:
+    """Within it, a new run that fails before any of its stages has done something leaves no folder.
+
+    (A run that is stopped or killed goes on, and so it stays.)
+    """
+    new = not folder.exists()
+    unfinished = [t.folder for t in todo if t.status != "finished"]
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception:
+        if new and _leads() and not any(f.exists() for f in unfinished):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _forget_if_empty(folder: Path) -> None:
+    """Remove a stage's folder that holds nothing but the records of its start."""
+    if {p.name for p in folder.iterdir()} <= {"config.json", "environment.json"}:
+        shutil.rmtree(folder)
 
 
 def _stage_index(todo: list[Task]) -> dict[str, dict[str, str]]:
@@ -435,6 +511,8 @@ def _run_task(
             results = task.stage.run(_context(task, experiment, runs_dir, console))
         except Exception as e:
             e.add_note(f"in stage {task.name!r} (seed {task.seed}), folder {task.folder}")
+            if _leads() and not isinstance(e, Preempted):
+                _forget_if_empty(task.folder)
             raise
         seconds = time.monotonic() - start  # of this process; what an interrupted one spent is not in it
         results = _plain(results, f"stage {task.name!r}: results")
@@ -628,40 +706,108 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def dry_run(experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | str = ()) -> Table:
-    """A table of what `run` would do: one row per (stage, seed). Creates nothing."""
+    """A table of what `run` would do: one row per (stage, seed). Creates nothing.
+
+    Raises UserError for all that `run` would refuse before it begins.
+    """
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
     forced = _forced(experiment, force)
+    _check_mesh(experiment, todo, forced)
     console = Console(quiet=True)
-    table = Table(title=f"{experiment.name}: {run_folder(experiment, runs_dir)}", title_justify="left")
+    title = f"{experiment.name}: {run_folder(experiment, runs_dir)}"
+    caption = f"{_amount(todo, forced)} (≤: at most, as far as can be told before the stages it starts from have run)"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("stage", "kind", "starts from", "seed", "status"):
         table.add_column(column)
     for column in ("params", "rows", "steps", "tokens", "memory"):
         table.add_column(column, justify="right")
     table.add_column("note")
     for task in todo:
-        plan = task.stage.plan(_context(task, experiment, runs_dir, console))
+        try:
+            plan = task.stage.plan(_context(task, experiment, runs_dir, console))
+        except UserError as e:
+            raise UserError(f"stages.{task.name}: {e}") from e
         status = "to do (forced)" if task.name in forced else task.status
+        counts = {"rows": plan.rows, "steps": plan.steps, "tokens": plan.tokens}
         table.add_row(
             task.name, kind(task.stage), ", ".join(task.parents) or "-", str(task.seed), status,
-            *(_count(n) for n in (plan.model_params, plan.rows, plan.steps, plan.tokens)),
+            _count(plan.model_params),
+            *("≤ " * (name in plan.at_most) + _count(n) for name, n in counts.items()),
             _bytes(plan.memory_bytes), escape(plan.note),
         )  # fmt: skip
     return table
 
 
-def find_run(name: str, runs_dir: Path) -> Path:
-    """A run folder by its path, or by its name (or the beginning of it) in `runs_dir`."""
-    if (Path(name) / "stages.json").is_file():
-        return Path(name)
-    known = [p.name for p in run_folders(runs_dir)]
-    found = [n for n in known if n == name] or [n for n in known if n.startswith(name)]
-    if len(found) > 1:
-        raise UserError(f"{name}: several runs have names that begin so: {', '.join(found)}")
+def find_run(name: str, runs_dir: Path, tell: Callable[[str], None] = lambda line: None) -> Path:
+    """A run folder by its path (or its config.json's), or by its name, or the beginning of it, in `runs_dir`.
+
+    Of several runs of one experiment the newest finished one is taken (where none is, the newest), and `tell` is
+    called with a line that says so.
+    """
+    path = Path(name)
+    path = path.parent if path.name == "config.json" else path
+    if (path / "stages.json").is_file():
+        return path
+    runs = run_folders(runs_dir)
+    known = [p.name for p in runs]
+    if name in known:
+        return runs_dir / name
+    found = [p for p in runs if experiment_name(p) == name] or [p for p in runs if p.name.startswith(name)]
+    names = dict.fromkeys(map(experiment_name, found))
+    if len(names) > 1:
+        raise UserError(f"{name}: runs of several experiments have names that begin so: {', '.join(names)}")
     if not found:
-        hint = did_you_mean(name, {n.rpartition("-")[0] for n in known})
-        raise UserError(f"{name}: no such run in {runs_dir}.{hint}")
-    return runs_dir / found[0]
+        missing = (
+            f"neither a folder, nor a run in {runs_dir}" if "/" in name else f"no such run in {runs_dir}"
+        )
+        raise UserError(f"{name}: {missing}.{did_you_mean(name, map(experiment_name, runs))}")
+    finished = [p for p in found if is_finished(p)]
+    chosen = (finished or found)[-1]
+    if len(found) > 1:
+        which = "the newest finished" if finished else "the newest"
+        tell(f"{name}: {chosen.name}, {which} of {len(found)} runs (`jrlhf list` tells how they differ)")
+    return chosen
+
+
+def experiment_name(run: Path) -> str:
+    """The experiment's name in that of its run folder."""
+    return run.name.rpartition("-")[0]
+
+
+def is_finished(run: Path) -> bool:
+    """Whether every stage of a run folder is."""
+    return all((f / "done.json").is_file() for seeds in stage_folders(run).values() for f in seeds.values())
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What two experiments' configs (as JSON) do not share: `path=value` as in `other`, `-path` where it has none."""
+    ours, theirs = dict(_settings(first)), dict(_settings(other))
+    changed = [f"{path}={value}" for path, value in theirs.items() if ours.get(path, ...) != value]
+    gone = dict.fromkeys(_part(path, theirs) for path in ours if path not in theirs)
+    return changed + [f"-{path}" for path in gone]
+
+
+def _settings(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path as on the command line, value) of every field; those of a stage without the leading `stages.`."""
+    if isinstance(data, list) and any(isinstance(v, dict) for v in data):
+        data = dict(enumerate(data))
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from _settings(value, f"{path}.{key}" if path else str(key))
+    else:
+        value = " ".join(map(str, data)) if isinstance(data, list) else data
+        yield path.removeprefix("stages."), value
+
+
+def _part(path: str, others: Mapping[str, Any]) -> str:
+    """The whole of `path` that is missing in `others`: a stage, rather than each of its fields."""
+    words = path.split(".")
+    for n in range(1, len(words)):
+        beginning = ".".join(words[:n])
+        if not any(other == beginning or other.startswith(beginning + ".") for other in others):
+            return beginning
+    return path
 
 
 def run_folders(runs_dir: Path) -> list[Path]:

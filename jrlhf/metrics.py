@@ -86,7 +86,7 @@ NAMES: dict[str, Name] = {
     "perf/hbm_peak": Name("bytes", "most device memory in use so far, of the fullest local device"),
     "perf/compile_count": Name("", "compilations since the run began; constant after warm-up"),
     "perf/pad_frac": Name("fraction", "positions of the batch that are padding"),
-    "time/<phase>": Name("s", "wall-clock seconds of one phase of the step (rollout, reward, train, …)"),
+    "time/<phase>": Name("s", "wall-clock seconds of a step, or of one phase of it (rollout)"),
 }
 
 

@@ -30,6 +30,16 @@ class CliLines(Source):
 
 
 @dataclass(frozen=True)
+class CliLimits:
+    least: float = 0.0
+    most: float = 1.0
+
+    def __post_init__(self):
+        if self.least > self.most:
+            raise UserError("least must not exceed most")
+
+
+@dataclass(frozen=True)
 class CliTrain(Stage):
     '''Adds numbers.'''
 
@@ -49,6 +59,9 @@ class CliTrain(Stage):
             raise KeyboardInterrupt
         if self.act == "mistake":
             raise UserError("data.txt:3: no field 'prompt'")
+        if self.act == "late":
+            (ctx.folder / "metrics.jsonl").touch()
+            raise UserError("step 3: the loss is nan")
         if self.act == "devices":
             import jax
             return {"devices": jax.device_count(), "cache": jax.config.jax_compilation_cache_dir}
@@ -120,6 +133,8 @@ def test_force(file, call):
     assert code == 0
     assert (out.count("reused"), out.count("running in"), out.count("is kept as")) == (1, 2, 2)
     assert call("run toy.py --force --seeds 0")[1].count("running in") == 3
+    code, out, _ = call("run --seeds 0 --force sft ppo toy.py")  # a stage's name has no dot
+    assert (code, out.count("reused"), out.count("running in")) == (0, 1, 2)
 
 
 def test_dry_run(file, call):
@@ -131,6 +146,18 @@ def test_dry_run(file, call):
     assert "finished" in lines["base"]
     assert "to do" in lines["ppo"]
     assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_a_dry_run_of_real_stages_creates_nothing(tmp_path):
+    """Not even the cache of compiled programs."""
+    file = REPOSITORY / "experiments" / "larder" / "ppo_vs_dpo.py"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jrlhf.cli", "run", str(file), "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stages to run: 8, to reuse: 0" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_dir_from_the_environment(file, call, monkeypatch):
@@ -179,6 +206,8 @@ MISTAKES = [
     ("run toy.py --stages.ppo.lr abc", None, "--stages.ppo.lr: expected a float, got 'abc'"),
     ("run toy.py --stages.ppo.steps 1.5", None, "--stages.ppo.steps: expected an int, got '1.5'"),
     ("run toy.py --seeds x", None, "--seeds: expected a list (each an int), got 'x'"),
+    ("run toy.py --seeds 0,1,2", None, "got '0,1,2'. Separate by spaces: --seeds 0 1 2"),
+    ("run --stages.ppo.lr 1 toy.py", None, "comes before the options: jrlhf run toy.py ..."),
     ("run toy.py --seeds -1", None, "seeds: must be in [0, 2^31), got (-1,)"),
     ("run toy.py --dry-rnu", None, "--dry-rnu: no such option or field. Did you mean '--dry-run'?"),
     ("run toy.py extra", None, "unrecognized arguments: extra"),
@@ -187,16 +216,21 @@ MISTAKES = [
     ("run toy.py --devices x", None, "argument --devices: invalid int value: 'x'"),
     ("run toy.py --devices 3", None, "--devices 3: jax has started with 8"),
     ("run toy.py --import mine.py", None, "mine.py: no such file."),
-    ("run toy.py --stages.ppo.start stf", None, "stages.ppo: starts from 'stf', which is not a stage."),
+    ("run toy.py --stages.ppo.start stf", None, "stages.ppo.start: 'stf' is not a stage. Did you mean 'sft'?"),
     ("run toy.py --stages.base.start ppo", None, "stages: a cycle: base -> ppo -> sft -> base"),
     ("run toy.py --stages.ppo.data.path dta.txt", None, "stages.ppo: dta.txt: no such file. Did you mean"),
     ("run toy.py --stages.ppo.act mistake", None, "data.txt:3: no field 'prompt'"),
     ("run toy.py --name a/b", None, "name: 'a/b' cannot be a name"),
     ("run toy.py", ("experiment = Exp", "experimnt = Exp"), "toy.py: defines no `experiment = Exp"),
-    ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:43: SyntaxError: "),
-    ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:43: TypeError: "),
-    ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got 'x'"),
-    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:42: TypeError: "),
+    ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:56: SyntaxError: "),
+    ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:56: TypeError: "),
+    ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got the string 'x'"),
+    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:55: TypeError: "),
+    (
+        "run toy.py",
+        ('act: str = ""', 'act: str = ""; limits: CliLimits = CliLimits(most="2")'),
+        "error: toy.py:34: CliLimits.most: expected a float, got the string '2'",
+    ),
     ("run toy.py", ("import os", "import oss"), "toy.py:2: ModuleNotFoundError: No module named 'oss'"),
     ("run toy.py", ("import os", "import sys; sys.exit(3); import os"), "toy.py:2: SystemExit: 3"),
     ("run empty/config.json", None, "empty/config.json: no such file"),
@@ -206,6 +240,7 @@ MISTAKES = [
     ("show", None, "the following arguments are required: run"),
     ("show nothing", None, "nothing: no such run in runs. Known: (none)."),
     ("compare nothing", None, "nothing: no such run in runs."),
+    ("generate path/to/nothing --prompt x", None, "neither a folder, nor a run in runs. Known: (none)."),
     ("generate nothing --prompt x", None, "nothing: no such run in runs."),
     ("generate toy.py", None, "the following arguments are required: --prompt"),
     ("generate toy.py --prompt x --temperature -1", None, "--temperature: must be at least 0, got -1.0"),
@@ -276,7 +311,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(file, call):
 def test_list_and_show(file, call):
     assert call("list")[1] == "no runs in runs\n"
     call("run toy.py --seeds 0 1")
-    call("run toy.py --seeds 0 --name half --stages.ppo.act mistake")
+    call("run toy.py --seeds 0 --name half --stages.ppo.act late")
     code, out, err = call("list")
     assert (code, err) == (0, "")
     lines = out.splitlines()
@@ -284,14 +319,66 @@ def test_list_and_show(file, call):
     assert any("half-" in line and "2/3" in line for line in lines)
     code, out, err = call("show toy")
     assert (code, err) == (0, "")
-    assert "CliTrain" in out
     assert "lr: 0.3" in out
     assert "nested.steps: 3" in out
     assert "curve: 20 values" in out
+    assert "CliTrain" not in out
+    (run,) = Path("runs").glob("toy-*")
+    assert call(f"show {run}/config.json")[1] == out
+    out = call("show toy --config")[1]
+    assert out.index("nested.steps: 3") < out.index("CliTrain")
     assert "partial" in call("show half")[1]
-    call("run toy.py --seeds 5")
-    assert "toy: several runs have names that begin so: toy-" in call("show toy")[2]
     assert "hlaf: no such run in runs. Did you mean 'half'?" in call("show hlaf")[2]
+
+
+def test_results_of_one_group_are_one_line(file, call):
+    Path("toy.py").write_text(FILE.replace('{"steps": self.steps}', '{"a": {"kl": 0.25, "n": 3}, "b": {}}'))
+    call("run toy.py --seeds 0")
+    assert "nested.a: kl 0.25  n 3" in call("show toy")[1]
+
+
+def test_of_several_runs_of_a_name_the_newest_finished_one_is_taken(file, call):
+    """And the list says how each differs from the first."""
+    call("run toy.py --seeds 0")
+    call("run toy.py --seeds 0 --stages.ppo.lr 0.5 --stages.sft.steps 7")
+    call("run toy.py --seeds 0 --stages.ppo.act late")
+    call("run toy.py --seeds 0 --name toy-two")
+    old, new, failed = (p.name for p in sorted(Path("runs").glob("toy-????????"), key=started))
+    code, out, err = call("show toy")
+    assert code == 0
+    assert err == f"toy: {new}, the newest finished of 3 runs (`jrlhf list` tells how they differ)\n"
+    assert f"runs/{new}" in out
+    for exact in (old, failed, f"runs/{old}"):
+        code, out, err = call(f"show {exact}")
+        assert (code, err) == (0, "")
+        assert exact in out
+    assert "runs of several experiments have names that begin so: toy, toy-two" in call("show to")[2]
+    lines = {name: next(x for x in call("list")[1].splitlines() if name in x) for name in (old, new, failed)}
+    assert "sft.steps=7, ppo.lr=0.5" in lines[new]
+    assert "ppo.act=late" in lines[failed]
+    assert "=" not in lines[old]
+
+
+def started(run: Path) -> int:
+    return (run / "stages.json").stat().st_mtime_ns
+
+
+def test_a_run_that_fails_before_a_stage_has_done_something_leaves_nothing(file, call):
+    assert call("run toy.py --seeds 0 --stages.base.act mistake")[0] == 2
+    assert call("list")[1] == "no runs in runs\n"
+    assert not [p for p in Path("runs/stages").iterdir() if p.is_dir()]
+    call("run toy.py --seeds 0")
+    call("run toy.py --seeds 0 --stages.ppo.act mistake")  # everything before is reused
+    assert len(list(Path("runs").glob("toy-*"))) == 1
+    call("run toy.py --seeds 0 --stages.sft.steps 7 --stages.ppo.act mistake")  # sft is run
+    assert len(list(Path("runs").glob("toy-*"))) == 2
+    assert "to do" in call(f"show {max(Path('runs').glob('toy-*'), key=started).name}")[1]
+
+
+def test_a_run_says_how_much_there_is_to_do(file, call):
+    assert "toy: stages to run: 3, to reuse: 0" in call("run toy.py --seeds 0")[1]
+    assert "toy: stages to run: 3, to reuse: 3" in call("run toy.py --seeds 0 1")[1]
+    assert "stages to run: 1, to reuse: 2" in call("run toy.py --seeds 0 --stages.ppo.lr 2 --dry-run")[1]
 
 
 @pytest.fixture
@@ -311,6 +398,9 @@ def serve(monkeypatch):
 def test_generate_chat_export_find_the_model(file, call, serve):
     call("run toy.py")
     (run,) = Path("runs").glob("toy-*")
+    for folder in Path("runs/stages").glob("cli-train-*"):
+        (folder / "model").mkdir()
+        (folder / "model/model.json").touch()
     index = json.loads((run / "stages.json").read_text())
     assert call("generate toy:sft:1 --prompt a --prompt b --n 2 --top-k 5 --temperature 0")[0] == 0
     assert call("chat toy:ppo --seed 3")[0] == 0
@@ -331,6 +421,11 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert whole == run
     assert exported == ("export", (Path("data.txt"), Path("out")), {})
     assert hub[1] == (Path("org/model"),)
+    for seed in ("0", "1"):
+        (Path("runs") / index["base"][seed] / "model/model.json").unlink()
+    told = "this stage (CliTrain) leaves no model."
+    assert f"toy:base: {told} Stages with a model: sft, ppo." in call("generate toy:base --prompt a")[2]
+    assert told in call(f"export runs/{index['base']['0']} out")[2]
     assert "has no stage 'sfft'. Did you mean 'sft'?" in call("generate toy:sfft --prompt a")[2]
     assert "has no seed '9'. Known: 0, 1." in call("generate toy:sft:9 --prompt a")[2]
 

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import pytest
 
 from jrlhf.config import (
+    LANGUAGE_MODEL,
     Labeler,
     MeshConfig,
+    Reference,
     Source,
     Stage,
     UserError,
@@ -83,7 +85,7 @@ class ConfigTrain(Stage):
 
 @dataclass(frozen=True)
 class ConfigEnsemble(Stage):
-    members: tuple[str, ...] = stage_ref(())
+    members: tuple[str, ...] = stage_ref((), LANGUAGE_MODEL)
     best: str = stage_ref_or_name("")
 
 
@@ -152,32 +154,32 @@ def changed(**fields: Any) -> dict:
 
 
 BAD_DATA = [
-    (changed(beta="abc"), "ppo.beta: expected a float, got 'abc'"),
+    (changed(beta="abc"), "ppo.beta: expected a float, got the string 'abc'"),
     (changed(beta=True), "ppo.beta: expected a float, got True"),
     (changed(beta=None), "ppo.beta: expected a float, got None"),
     (changed(steps=1.0), "ppo.steps: expected an int, got 1.0"),
     (changed(steps=True), "ppo.steps: expected an int, got True"),
-    (changed(steps="inf"), "ppo.steps: expected an int, got 'inf'"),
+    (changed(steps="inf"), "ppo.steps: expected an int, got the string 'inf'"),
     (changed(shuffle=0), "ppo.shuffle: expected true or false, got 0"),
     (changed(loss="hing"), "ppo.loss: expected one of 'sigmoid', 'hinge', 1, got 'hing'"),
     (changed(loss=True), "ppo.loss: expected one of"),
     (changed(pair=[1]), "ppo.pair: expected a list of 2, got [1]"),
     (changed(pair=[1, 2]), "ppo.pair.1: expected a string, got 2"),
-    (changed(grid=[[1], ["x"]]), "ppo.grid.1.0: expected a float, got 'x'"),
+    (changed(grid=[[1], ["x"]]), "ppo.grid.1.0: expected a float, got the string 'x'"),
     (changed(grid=3), "ppo.grid: expected a list (each a list (each a float)), got 3"),
-    (changed(weights={"a": "x"}), "ppo.weights.a: expected a float, got 'x'"),
+    (changed(weights={"a": "x"}), "ppo.weights.a: expected a float, got the string 'x'"),
     (changed(weights=[1.0]), "ppo.weights: expected a dict, got [1.0]"),
     (changed(betta=1.0), "ppo.betta: ConfigTrain has no such field. Did you mean 'beta'?"),
     (changed(lora={"rnk": 1}), "ppo.lora.rnk: ConfigLora has no such field. Did you mean 'rank'?"),
     (changed(lora=3), "ppo.lora: expected a ConfigLora or null (None), got 3"),
     (changed(data={"type": "ConfigLines"}), "ppo.data.path: ConfigLines needs this field"),
-    (changed(data={"path": "a"}), "ppo.data: the field 'type' is missing"),
+    (changed(data={"path": "a"}), "ppo.data: the field 'type' is missing. Known: "),
     (changed(data={"type": "ConfigLine", "path": "a"}), "Did you mean 'ConfigLines'?"),
     (changed(data={"type": "ConfigCoin"}), "ppo.data.type: 'ConfigCoin' is not a Source."),
     (changed(data={"type": "os.system", "path": "a"}), "ppo.data.type: 'os.system' is not a Source."),
     (changed(data=None), "ppo.data: expected a Source, got None"),
     (changed(judge={"rank": 2}), "ppo.judge: the field 'type' is missing"),
-    (changed(terms=[{"weight": "x"}]), "ppo.terms.0.weight: expected a float, got 'x'"),
+    (changed(terms=[{"weight": "x"}]), "ppo.terms.0.weight: expected a float, got the string 'x'"),
 ]
 
 
@@ -189,8 +191,27 @@ def test_bad_data_names_the_field(data, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("base", [Source, Stage, Labeler])
+def test_a_base_class_is_not_suggested(base):
+    @dataclass(frozen=True)
+    class ConfigBetween(base):
+        abstract = True
+
+    @dataclass(frozen=True)
+    class ConfigOffered(ConfigBetween):
+        pass
+
+    for data in ({}, {"type": "zzz"}):
+        with pytest.raises(UserError) as error:
+            from_dict(base, data, "here")
+        _, _, known = str(error.value).partition("Known: ")
+        known = known.split(".")[0].split(", ")
+        assert "ConfigOffered" in known
+        assert not {base.__name__, "ConfigBetween", "TrainingStage"} & set(known)
+
+
 def test_a_wrong_value_in_python_is_found_when_written():
-    with pytest.raises(UserError, match=r"^s\.beta: expected a float, got 'abc'$"):
+    with pytest.raises(UserError, match=r"^s\.beta: expected a float, got the string 'abc'$"):
         to_dict(replace(FULL, beta="abc"), where="s")
     with pytest.raises(UserError, match=r"^s\.data: expected a Source, got ConfigCoin"):
         to_dict(replace(FULL, data=ConfigCoin()), where="s")
@@ -235,6 +256,16 @@ def test_parents_come_from_marked_fields_each_once():
     assert FULL.parents(names) == ("base", "rm")  # "length" is no stage, so it is a program
     assert FULL.parents((*names, "length")) == ("base", "length", "rm")
     assert ConfigEnsemble(("a", "b", "a"), "b").parents(()) == ("a", "b")  # unknown: the graph will complain
+
+
+def test_references_say_where_they_stand_and_what_they_need():
+    needs = replace(ConfigEnsemble(("a", "b"), "c"))
+    assert needs.references() == (
+        Reference("members", "a", False, "a language model"),
+        Reference("members", "b", False, "a language model"),
+        Reference("best", "c", True, ""),
+    )
+    assert [r.field for r in FULL.references()] == ["start", "terms.0.name", "terms.1.name"]
 
 
 def test_files_are_those_of_nested_sources():
@@ -315,6 +346,9 @@ BAD_OVERRIDES = [
     ("--stages.base.start a b", "--stages.base.start: expected one string, got 'a b' (quote it)"),
     ("--stages.base.lora.rank 3", "stages.base.lora is None here; set it in the experiment file"),
     ("--stages.base 3", "--stages.base is not one value; set one of its fields"),
+    ("--stages.the-rm.rank 3", "no such field. Did you mean --stages.the-rm.lora.rank or --stages.the-rm.judge.rank?"),
+    ("--seeds 0,1,2", "got '0,1,2'. Separate by spaces: --seeds 0 1 2"),
+    ("--seeds [0, 1]", "Separate by spaces: --seeds 0 1"),
     ("--seeds a", "--seeds: expected a list (each an int), got 'a'"),
     ("--zzz 1", "--zzz: no such option or field. `jrlhf run FILE --help` lists the fields."),
     ("stray --seeds 1", "expected --FIELD VALUE"),

@@ -37,6 +37,7 @@ from jrlhf.experiment import (
     find_run,
     kind,
     load_experiment,
+    load_python,
     run,
     run_folder,
     run_folders,
@@ -164,7 +165,7 @@ def test_parents_come_first_and_otherwise_the_order_of_definition():
 BAD_GRAPHS = [
     (
         graph(ppo=ToyTrain("sfft")),
-        "stages.ppo: starts from 'sfft', which is not a stage. Did you mean 'sft'?",
+        "stages.ppo.start: 'sfft' is not a stage. Did you mean 'sft'?",
     ),
     (graph(base=ToyTrain("ppo")), "stages: a cycle: base -> ppo -> sft -> base"),
     (graph(sft=ToyTrain("sft")), "stages: a cycle: sft -> sft"),
@@ -178,7 +179,7 @@ BAD_GRAPHS = [
     (graph(seeds=(1, 1)), "seeds: expected distinct seeds"),
     (graph(seeds=(-1,)), "seeds: must be in [0, 2^31)"),
     (Experiment("x", {}), "stages: the experiment has none"),
-    (graph(ppo=replace(ToyTrain(), lr="abc")), "stages.ppo.lr: expected a float, got 'abc'"),
+    (graph(ppo=replace(ToyTrain(), lr="abc")), "stages.ppo.lr: expected a float, got the string 'abc'"),
     (graph(ppo=3), "stages.ppo: expected a Stage, got 3"),
     (graph(ppo=ToyTrain(data=ToyFile("missing.txt"))), "stages.ppo: missing.txt: no such file"),
 ]
@@ -527,8 +528,10 @@ def test_two_processes_do_not_run_the_same_stage(tmp_path):
         )  # fmt: skip
 
     first = start()
+    first.stdout.readline()  # how much there is to do
     assert "running in" in first.stdout.readline()
     second = start()
+    second.stdout.readline()
     waiting = second.stdout.readline()
     (tmp_path / "go").touch()
     first_rest, second_rest = first.communicate(timeout=60)[0], second.communicate(timeout=60)[0]
@@ -579,6 +582,50 @@ def rows(experiment, runs_dir, **kwargs) -> dict[str, list[str]]:
     table = dry_run(experiment, runs_dir, **kwargs)
     cells = zip(*(c._cells for c in table.columns), strict=True)
     return {f"{row[0]} {row[3]}": list(row) for row in cells}
+
+
+# --- what the guide shows -----------------------------------------------------------------------------------
+
+
+def test_the_guides_stage_runs_as_it_stands(tmp_path):
+    guide = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (code,) = (block for block in guide.split("```")[1::2] if "class CountWords" in block)
+    (tmp_path / "guide.py").write_text(code.removeprefix("python\n"))
+    guide_file = load_python(tmp_path / "guide.py")
+
+    @dataclass(frozen=True)
+    class ToyPreferences(Stage):
+        artifact = "preferences"
+
+        def run(self, ctx):
+            rows = [{"responses": ["a b", "c"]}, {"responses": ["d", "e f g"]}, {"responses": ["h"]}]
+            (ctx.folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            return {}
+
+    count = guide_file.CountWords("preferences", limit=2)
+    experiment = Experiment("guide", {"preferences": ToyPreferences(), "words": count, "base": ToyTrain()})
+    folder = run(experiment, tmp_path / "runs", console=QUIET)
+    assert json.loads((folder / "results.json").read_text())["words"] == {"0": {"words": 7}}
+    wrong = replace(experiment, stages=experiment.stages | {"words": guide_file.CountWords("base")})
+    with pytest.raises(UserError) as error:
+        check(wrong)
+    assert str(error.value) == (
+        "stages.words.preferences: needs preferences, but 'base' (ToyTrain) leaves nothing (it sets no `artifact`). "
+        "Stages that fit: preferences."
+    )
+
+
+def test_lines_of_a_log_are_not_broken(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+
+    @dataclass(frozen=True)
+    class ToyTalks(Stage):
+        def run(self, ctx):
+            ctx.console.print("step 12 " + "word " * 40)
+            return {}
+
+    run(Experiment("x", {"a": ToyTalks()}), tmp_path)
+    assert "step 12 " + "word " * 40 in capsys.readouterr().out
 
 
 # --- several hosts ------------------------------------------------------------------------------------------

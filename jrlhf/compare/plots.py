@@ -7,19 +7,23 @@ A figure without data has no panels: its `missing` says in plain words what was 
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression
 
+from jrlhf.compare.evaluations import Policy
 from jrlhf.compare.runs import Stage
 from jrlhf.compare.statistics import Interval
-from jrlhf.compare.summary import Row, Summary, limits, number, signed
+from jrlhf.compare.summary import Row, Summary, limits, listed, number, signed
 
 PAPER, INK, MUTED, RULE = "#ffffff", "#1b1f24", "#5f6670", "#d8dce1"
 BASELINE = "#747b85"
@@ -28,7 +32,9 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 4.8  # inches; a phone shows it at about four fifths, so 9.5 pt text stays readable
 DASHES = (0, (4, 2))
+LINES = ("-", DASHES, (0, (1, 1.4)), (0, (6, 1.5, 1, 1.5)))  # where colours run out
 BINS = 150  # points of a training curve after binning
+LONG, MANY = 16, 7  # characters of a name, and names: from here they stand below the axes, not in them
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -89,6 +95,7 @@ class Figure:
 class Look:
     color: str
     marker: str
+    line: Any = "-"
 
 
 def all_figures(summary: Summary) -> list[Figure]:
@@ -115,7 +122,8 @@ def policy_looks(summary: Summary) -> dict[str, Look]:
         if row.is_baseline:
             looks[row.label] = Look(BASELINE, "o")
         else:
-            looks[row.label] = Look(SERIES[used % len(SERIES)], MARKERS[(used + 1) % len(MARKERS)])
+            line = LINES[used // len(SERIES) % len(LINES)]
+            looks[row.label] = Look(SERIES[used % len(SERIES)], MARKERS[(used + 1) % len(MARKERS)], line)
             used += 1
     return looks
 
@@ -131,29 +139,35 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
         return Figure(
             "frontier", title, missing="The evaluation recorded no KL, so there is no frontier to draw."
         )
+    below = _crowded([row.label for row, _ in rows])
     canvas, ax = _canvas(3.7)
     _square_root_axis(ax)
+    key: list[tuple[str, Line2D]] = []
     boxes: list[tuple[float, float]] = []
     labels: list[tuple[float, float, str, str]] = []
     for evaluation in summary.evaluations:
-        curve = evaluation.best_of_n
-        if curve is not None and curve.kl is not None:
-            x, y = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
-            ax.plot(x, y, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
-            ax.plot(x, y, ".", color=MUTED, ms=4, zorder=2)
-            boxes += _along(x, y)
-            labels.append((x[-1], y[-1], f"best of n, to {curve.n[-1]} {evaluation.label}".strip(), MUTED))
+        for curve in evaluation.best_of_n:
+            if curve.kl is not None:
+                x, y = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+                ax.plot(x, y, color=MUTED, lw=1.2, ls=DASHES, zorder=2)
+                ax.plot(x, y, ".", color=MUTED, ms=4, zorder=2)
+                boxes += _along(x, y)
+                of = curve.label or evaluation.label
+                labels.append((x[-1], y[-1], f"best of n, to {curve.n[-1]} {of}".strip(), MUTED))
+                key.append((labels[-1][2], Line2D([], [], color=MUTED, lw=1.2, ls=DASHES, marker=".", ms=4)))
     paths = 0
     for _, look, seeds in _trained(summary, looks):
         pair = _path_metrics(summary.reward_name, seeds)
         if pair:
             (_, y), (_, x) = (_mean_curve(seeds, name, bins=12) for name in pair)
-            ax.plot(x, y, color=look.color, lw=1.1, alpha=0.55, zorder=2)
+            ax.plot(x, y, color=look.color, lw=1.1, ls=look.line, alpha=0.55, zorder=2)
             boxes += _along(x, y)
             paths += 1
     for row, kl in rows:
         _cross(ax, kl, row.gold, looks[row.label])
-        labels.append((kl.value, row.gold.value, row.label, looks[row.label].color))
+        look = looks[row.label]
+        labels.append((kl.value, row.gold.value, row.label, look.color))
+        key.append((row.label, Line2D([], [], color=look.color, marker=look.marker, ms=6, ls="")))
         boxes += _along(np.array(kl[1:]), np.full(2, row.gold.value)) if np.isfinite(kl.low) else []
         boxes += _along(np.full(2, kl.value), np.array(row.gold[1:])) if np.isfinite(row.gold.low) else []
         boxes.append((kl.value, row.gold.value))
@@ -171,13 +185,22 @@ def frontier(summary: Summary, looks: dict[str, Look]) -> Figure:
     _kl_ticks(ax, right * 1.12)
     _y_title(ax, f"gold reward ({summary.reward_name})")
     ax.set_xlabel("KL from the baseline (nats per answer, square-root scale)")
-    _place(ax, labels, boxes)
+    if below:
+        _key(canvas, key)
+    else:
+        _place(ax, labels, boxes)
     others = [(row, kl) for row, kl in rows if not row.is_baseline]
     best, best_kl = max(others, key=lambda entry: entry[0].gold.value)
-    finding = (
-        f"{best.label} is highest: {number(best.gold.value)} {limits(best.gold)} at "
-        f"{number(best_kl.value)} nats.{_against_best_of_n(summary, rows)}"
-    )
+    top = max((row for row, _ in rows if row.is_baseline), key=lambda row: row.gold.value)
+    found = f"{number(best.gold.value)} {limits(best.gold)} at {number(best_kl.value)} nats"
+    if best.gold.value > top.gold.value:
+        finding = f"{best.label} is highest: {found}."
+    else:
+        finding = (
+            f"None is above {top.label}, the baseline ({number(top.gold.value)}); "
+            f"the next is {best.label}: {found}."
+        )
+    finding += _against_best_of_n(summary, rows)
     guide = "Up is better, left is closer to the baseline. Bars are 95% intervals, dots the baseline's gold"
     guide += ", faint lines the way there while training, on the prompts used then." if paths else "."
     return _figure("frontier", title, finding, guide, [("frontier", canvas, title)])
@@ -201,10 +224,11 @@ def _against_best_of_n(summary: Summary, rows: list[tuple[Row, Interval]]) -> st
     """Whether each policy lies above best-of-n at its own KL: the comparison at an equal budget of KL."""
     above, below = [], []
     for evaluation in summary.evaluations:
-        curve = evaluation.best_of_n
-        if curve is None or curve.kl is None:
+        # With several curves there is no one height to be above or below.
+        if len(evaluation.best_of_n) != 1 or evaluation.best_of_n[0].kl is None:
             continue
-        x, y = curve.kl.mean(axis=0), curve.gold.mean(axis=0)
+        curve = evaluation.best_of_n[0]
+        x, y = evaluation.best_of_n[0].kl.mean(axis=0), curve.gold.mean(axis=0)
         for row, kl in rows:
             inside = row.evaluation == evaluation.label and x[0] < kl.value <= x[-1]
             if inside and not row.is_baseline and not np.isnan(kl.low):
@@ -213,7 +237,7 @@ def _against_best_of_n(summary: Summary, rows: list[tuple[Row, Interval]]) -> st
                     above.append(row.label)
                 elif row.gold.high < height:
                     below.append(row.label)
-    found = [f"{_and(names)} {words}" for names, words in ((above, "above"), (below, "below")) if names]
+    found = [f"{listed(names)} {words}" for names, words in ((above, "above"), (below, "below")) if names]
     return f" Against best-of-n at equal KL: {'; '.join(found)}." if found else ""
 
 
@@ -238,13 +262,17 @@ def reward_and_kl(summary: Summary, looks: dict[str, Look]) -> Figure:
         for ax, names in zip(axes, [*rewards, *([kl] if kl else [])], strict=True):
             ends = []
             for name in names:
-                x, y = _draw_curves(ax, seeds, name, MUTED if name in kl else look.color, name in proxies)
+                x, y = _draw_curves(
+                    ax, seeds, name, MUTED if name in kl else look.color, DASHES if name in proxies else "-"
+                )
                 ends.append(
                     (x[-1], y[-1], "" if name in kl else _reward_label(name, gold, seeds), look.color)
                 )
             _y_title(
                 ax,
-                "KL from the reference (nats per answer)" if names == kl else f"{label}: reward, batch mean",
+                "KL from the reference (nats per answer)"
+                if names == kl
+                else f"{_wrapped(label, 40)}: reward, batch mean",
             )
             _label_ends(ax, ends)
         axes[-1].set_xlabel("update")
@@ -339,14 +367,20 @@ def learning_curves(summary: Summary, looks: dict[str, Look]) -> Figure:
         if not logged:
             continue
         canvas, ax = _canvas(2.2, width=3.5)
+        below = _crowded([label for label, *_ in logged])
         ends = []
         for label, look, seeds, metric in logged:
-            x, y = _draw_curves(ax, seeds, metric, look.color)
+            x, y = _draw_curves(ax, seeds, metric, look.color, look.line if below else "-")
             ends.append((x[-1], y[-1], label, look.color))
         ax.set_xlabel("update")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         _y_title(ax, words)
-        _label_ends(ax, ends)
+        if below:
+            order = np.argsort([-end[1] for end in ends])  # as the lines end, from the top
+            lines = [(label, Line2D([], [], color=look.color, ls=look.line)) for label, look, *_ in logged]
+            _key(canvas, [lines[i] for i in order])
+        else:
+            _label_ends(ax, ends)
         panels.append((f"curve_{_slug(name)}", canvas, f"{words} against update"))
     if not panels:
         return Figure("learning_curves", title, missing="No stage logged a metric that this report draws.")
@@ -370,7 +404,7 @@ def learning_curves(summary: Summary, looks: dict[str, Look]) -> Figure:
 def best_of_n(summary: Summary) -> Figure:
     """Gold and proxy of the answer that the proxy ranks first among n."""
     title = "Best-of-n"
-    found = [(e.label, e.best_of_n) for e in summary.evaluations if e.best_of_n is not None]
+    found = [(curve.label or e.label, curve) for e in summary.evaluations for curve in e.best_of_n]
     if not found:
         return Figure("best_of_n", title, missing="The evaluation did not sample best-of-n.")
     panels, captions = [], []
@@ -433,7 +467,7 @@ def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
     groups = {label: [row for row in summary.rows if row.label == label] for label in looks}
     lines: list[str | Row] = []
     for label, rows in groups.items():
-        lines += [label, *rows]
+        lines += [*_wrapped(label, 44).splitlines(), *rows]
     canvas, ax = _canvas(0.2 * len(lines) + 0.75)
     for y, line in enumerate(lines):
         if isinstance(line, Row):
@@ -441,13 +475,17 @@ def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
     _rows_axis(
         ax,
         range(len(lines)),
-        [line.split if isinstance(line, Row) else line for line in lines],
+        [line.split if isinstance(line, Row) else "" for line in lines],
         len(lines) - 0.4,
     )
-    for tick, line in zip(ax.get_yticklabels(), lines, strict=True):
-        tick.set_color(MUTED if isinstance(line, Row) else INK)
-        tick.set_fontsize(8.5 if isinstance(line, Row) else 9.5)
-    ax.set_xlabel(f"gold reward ({summary.reward_name}), mean and 95% interval")
+    ax.tick_params(axis="y", labelsize=8.5)
+    for y, line in enumerate(lines):
+        if not isinstance(line, Row):
+            ax.annotate(
+                line, (0, y), xycoords=("axes fraction", "data"), xytext=(2, 0), textcoords="offset points",
+                va="center", fontsize=9.5, color=INK,
+            )  # fmt: skip
+    ax.set_xlabel(f"gold reward ({summary.reward_name}), mean and 95% interval", loc="right")
     drops = []
     for label, (first, *rest) in groups.items():
         if rest:
@@ -469,12 +507,12 @@ def gold_by_split(summary: Summary, looks: dict[str, Look]) -> Figure:
 def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
     """Share of answers whose gold is above the baseline's on the same prompt."""
     rows = [(row, row.win) for row in summary.main if row.win]
-    title = f"Win rate against {summary.evaluations[0].baseline.name}"
+    title = f"Win rate against {'the ' * (summary.baseline == 'baseline')}{summary.baseline}"
     if not rows:
         return Figure(
             "win_rates", title, missing="Only the baseline was evaluated, so there is nothing to win."
         )
-    canvas, ax = _canvas(0.27 * len(rows) + 0.8)
+    canvas, ax = _canvas(_row_height([row.label for row, _ in rows], 0.27) * len(rows) + 0.8)
     ax.axvline(50, color=MUTED, lw=0.9, zorder=1)
     for y, (row, win) in enumerate(rows):
         _bar(ax, win.scaled(100), y, looks[row.label])
@@ -484,13 +522,13 @@ def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
         )  # fmt: skip
     _rows_axis(ax, range(len(rows)), [row.label for row, _ in rows], len(rows) - 0.4, color=INK)
     ax.set_xlim(0, 100)
-    ax.set_xlabel("answers with more gold than the baseline's (%), ties half")
+    ax.set_xlabel("answers with more gold than the baseline's (%), ties half", loc="right")
     clear = [row.label for row, win in rows if win.low > 0.5]
     worse = [row.label for row, win in rows if win.high < 0.5]
     level = [row.label for row, win in rows if not win.excludes(0.5)]
-    found = [f"more than half are won by {_and(clear)}"] if clear else []
-    found += [f"fewer than half by {_and(worse)}"] if worse else []
-    found += [f"the interval includes 50% for {_and(level)}"] if level else []
+    found = [f"more than half are won by {listed(clear)}"] if clear else []
+    found += [f"fewer than half by {listed(worse)}"] if worse else []
+    found += [f"the interval includes 50% for {listed(level)}"] if level else []
     finding = "; ".join(found)
     guide = (
         "Each answer meets each of the baseline's answers to the same prompt. An interval that crosses 50% "
@@ -509,13 +547,12 @@ def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
         for policy in evaluation.policies:
             split = policy.splits.get(evaluation.main_split)
             if split is not None:
-                values = np.concatenate([np.asarray(a, float) for seed in split.length for a in seed])
-                ended = np.concatenate([np.asarray(a, float) for seed in split.ended for a in seed]).mean()
-                label = f"{policy.name} ({evaluation.label})" if evaluation.label else policy.name
-                lengths.append((label, values, float(ended)))
+                values = np.concatenate([np.asarray(a, float) for run in split.length for a in run])
+                ended = np.concatenate([np.asarray(a, float) for run in split.ended for a in run]).mean()
+                lengths.append((policy.label, values, float(ended)))
     longest = max(values.max() for _, values, _ in lengths)
     bins = np.arange(-0.5, longest + 1.5) if longest < 64 else np.linspace(0, longest, 49)
-    canvas, ax = _canvas(0.42 * len(lengths) + 0.75)
+    canvas, ax = _canvas(_row_height([label for label, *_ in lengths], 0.42) * len(lengths) + 0.75)
     for row, (label, values, ended) in enumerate(lengths):
         counts, _ = np.histogram(values, bins)
         height = 0.82 * counts / counts.max()
@@ -532,7 +569,7 @@ def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
         ax, np.arange(len(lengths)) - 0.4, [label for label, _, _ in lengths], len(lengths) - 0.95, color=INK
     )
     ax.set_ylim(len(lengths) - 0.95, -1.05)
-    ax.set_xlabel("response tokens; each row is scaled to its own mode")
+    ax.set_xlabel("response tokens; each row is scaled to its own mode", loc="right")
     first = np.median(lengths[0][1])
     longer = max(lengths, key=lambda entry: np.median(entry[1]))
     finding = f"The baseline's median is {first:.0f} tokens"
@@ -548,28 +585,38 @@ def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
 # --- curves ---------------------------------------------------------------------------------------------
 
 
+def _policies(summary: Summary) -> list[Policy]:
+    return [policy for evaluation in summary.evaluations for policy in evaluation.policies]
+
+
 def _trained(summary: Summary, looks: dict[str, Look]) -> list[tuple[str, Look, list[Stage]]]:
-    """Evaluated policies that a stage of the same name trained, with that stage's seeds."""
+    """Evaluated policies whose training left curves, with the stage of each training run."""
     found = []
-    for evaluation in summary.evaluations:
-        for policy in evaluation.policies:
-            seeds = [stage for stage in evaluation.run.stages if stage.name == policy.name and stage.curves]
-            if seeds:
-                label = f"{policy.name} ({evaluation.label})" if evaluation.label else policy.name
-                found.append((label, looks[label], seeds))
+    for policy in _policies(summary):
+        stages = [stage for stage in policy.stages if stage.curves]
+        if stages and policy.kl_exact is None:
+            found.append((policy.label, looks[policy.label], stages))
     return found
 
 
 def _untested(summary: Summary) -> list[tuple[str, Look, list[Stage]]]:
-    """Stages that trained something which was not itself evaluated: a reward model."""
-    policies = {policy.name for evaluation in summary.evaluations for policy in evaluation.policies}
-    found: dict[str, list[Stage]] = {}
+    """Stages that trained something which was not itself evaluated, each once: a reward model."""
+    seen = {stage.folder.name for policy in _policies(summary) for stage in policy.stages}
+    found: dict[tuple[str, str], list[Stage]] = {}
     for run in summary.runs:
         for stage in run.stages:
-            if stage.name not in policies and stage.curves:
-                label = f"{stage.name} ({run.name})" if len(summary.runs) > 1 else stage.name
-                found.setdefault(label, []).append(stage)
-    return [(label, Look(MUTED, "o"), seeds) for label, seeds in found.items()]
+            if stage.folder.name not in seen and stage.curves:
+                seen.add(stage.folder.name)
+                found.setdefault((stage.name, run.name), []).append(stage)
+    names = [name for name, _ in found]
+    return [
+        (
+            name if names.count(name) == 1 else f"{name} ({run.rpartition('-')[2]})",
+            Look(MUTED, "o", LINES[(i + 1) % len(LINES)]),
+            stages,
+        )
+        for i, ((name, run), stages) in enumerate(found.items())
+    ]
 
 
 def _names(seeds: Iterable[Stage]) -> list[str]:
@@ -577,8 +624,10 @@ def _names(seeds: Iterable[Stage]) -> list[str]:
 
 
 def _binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of at most `bins` runs of neighbouring points."""
-    parts = np.array_split(np.arange(len(x)), min(bins, len(x)))
+    """Means of at most `bins` runs of neighbouring points, as long as each other: an uneven split would
+    smooth one part of a curve and leave the rest rough."""
+    width = -(-len(x) // bins)
+    parts = np.array_split(np.arange(len(x)), len(x) // width)
     return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
 
 
@@ -591,14 +640,14 @@ def _mean_curve(seeds: list[Stage], name: str, bins: int = 40) -> tuple[np.ndarr
 
 
 def _draw_curves(
-    ax: Axes, seeds: list[Stage], name: str, color: str, dashed: bool = False
+    ax: Axes, seeds: list[Stage], name: str, color: str, line: Any = "-"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Faint lines of the seeds and a thick one of their mean, which is returned."""
     for stage in seeds:
         if name in stage.curves:
             ax.plot(*_binned(*stage.curves[name], BINS), color=color, lw=0.7, alpha=0.35)
     x, y = _mean_curve(seeds, name)
-    ax.plot(x, y, color=color, ls=DASHES if dashed else "-")
+    ax.plot(x, y, color=color, ls=line)
     return x, y
 
 
@@ -629,10 +678,42 @@ def _bar(ax: Axes, interval: Interval, y: float, look: Look) -> None:
     ax.plot(interval.value, y, look.marker, color=look.color, ms=6.5, zorder=3)
 
 
+def _crowded(names: Sequence[str]) -> bool:
+    """Whether names are too long or too many to stand beside what they name."""
+    return max(map(len, names)) > LONG or len(names) > MANY
+
+
+def _row_height(names: Sequence[str], least: float) -> float:
+    """Inches that a row needs to hold its name."""
+    return max(least, 0.1 + 0.14 * max(_wrapped(name).count("\n") + 1 for name in names))
+
+
+def _wrapped(name: str, width: int = 28) -> str:
+    """A long name in several lines, broken before its parenthesis where it has one."""
+    parts = name.replace(" (", "\n(").splitlines() if len(name) > width else [name]
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, width))
+
+
+def _key(canvas: Canvas, entries: Sequence[tuple[str, Line2D]]) -> None:
+    """Names below the axes, in as many columns as fit; the figure grows by their height."""
+    names = [_wrapped(name, 44) for name, _ in entries]
+    width, height = canvas.get_size_inches()
+    across = max(len(line) for name in names for line in name.splitlines()) * 0.075 + 0.45  # inches at 8 pt
+    columns = max(1, min(len(names), int(width / across)))
+    rows = -(-len(names) // columns)
+    lines = max(sum(n.count("\n") + 1 for n in names[i : i + rows]) for i in range(0, len(names), rows))
+    canvas.set_size_inches(width, height + 0.15 * lines + 0.15)
+    canvas.legend(
+        [handle for _, handle in entries], names, loc="outside lower left", ncols=columns, frameon=False,
+        fontsize=8, labelcolor=INK, handlelength=1.8, columnspacing=1.2, labelspacing=0.3, borderpad=0.2,
+    )  # fmt: skip
+
+
 def _rows_axis(
     ax: Axes, ticks: Iterable[float], names: Sequence[str], bottom: float, color: str = MUTED
 ) -> None:
-    ax.set_yticks(list(ticks), list(names), color=color, fontsize=9)
+    size = 9 if max(map(len, names)) <= LONG else 8
+    ax.set_yticks(list(ticks), [_wrapped(name) for name in names], color=color, fontsize=size)
     ax.set_ylim(bottom, -0.6)
     ax.grid(False, axis="y")
     ax.spines["left"].set_visible(False)
@@ -709,11 +790,12 @@ def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tu
                 cost += 1000 * (_overlap(box, frame) < 0.99 * width * height)
                 candidates.append((cost, dx, dy, reach, box))
         _, dx, dy, reach, box = min(candidates, key=lambda candidate: candidate[0])
-        ax.annotate(
+        note = ax.annotate(
             text, (px, py), xytext=(dx * reach, dy * reach), textcoords="offset points", zorder=5, fontsize=9,
             color=MUTED if color == MUTED else INK, ha={1: "left", 0: "center", -1: "right"}[dx], va="center",
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8} if reach > 13 and color != MUTED else None,
         )  # fmt: skip
+        note.set_in_layout(False)  # a name must not squeeze the axes, however it lies
         taken.append(box)
 
 
@@ -752,10 +834,6 @@ def inline_svg(panel: Panel, swap: Callable[[str], str]) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{panel.slug}-", text)
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     return re.sub(r"#[0-9a-f]{6}\b", lambda match: swap(match.group()), text)
-
-
-def _and(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _slug(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -17,20 +18,26 @@ from rich.text import Text
 
 from jrlhf import __version__
 from jrlhf.compare import plots
-from jrlhf.compare.runs import Evaluation, Run
-from jrlhf.compare.statistics import RESAMPLES, Interval
+from jrlhf.compare.evaluations import Evaluation
+from jrlhf.compare.pairs import LIMIT, Pair
+from jrlhf.compare.runs import Run
+from jrlhf.compare.statistics import RESAMPLES, Interval, Scores
 from jrlhf.compare.summary import (
+    DAGGER,
     ENOUGH_SEEDS,
     MINUS,
     Row,
     Summary,
     headline,
     limits,
+    listed,
     number,
     seed_note,
+    shown_pairs,
     signed,
     summarize,
 )
+from jrlhf.config import UserError, read_json
 
 DASH, TIMES = "\u2013", "\u00d7"
 SAMPLES = 12  # prompts shown
@@ -49,38 +56,98 @@ def write_report(runs: list[Path], out: Path, console: Console) -> Path:
     """Read finished run folders, print their table, and write the report into the folder `out`.
 
     Returns `out/report.html`, which needs no other file. Beside it: `summary.json` and `summary.csv` with
-    every number, and `figures/` with each figure as SVG and PNG. Raises UserError when a run has no finished
-    evaluate stage, a file is broken, or the runs do not share a gold reward.
+    every number, and `figures/` with each figure as SVG and PNG. A report that is already in `out` is replaced,
+    and what only it had drawn is removed; nothing else in `out` is touched. Raises UserError when a run has no
+    finished evaluate stage, a file is broken, the runs do not share a gold reward, or `out` holds files by these
+    names that are no report's.
     """
+    out = Path(out)
+    before = _report_in(out)
     summary = summarize(runs)
     print_table(console, summary)
-    out = Path(out)
     figures = plots.all_figures(summary)
     (out / "figures").mkdir(parents=True, exist_ok=True)
+    drawn = []
     for panel in (panel for figure in figures for panel in figure.panels):
-        (out / "figures" / f"{panel.slug}.svg").write_text(panel.svg)
-        (out / "figures" / f"{panel.slug}.png").write_bytes(panel.png)
-    _write_json(out / "summary.json", summary)
+        drawn += [f"figures/{panel.slug}.svg", f"figures/{panel.slug}.png"]
+        (out / drawn[-2]).write_text(panel.svg)
+        (out / drawn[-1]).write_bytes(panel.png)
+    for name in set(before.get("figures", [])) - set(drawn):
+        (out / "figures" / Path(name).name).unlink(missing_ok=True)
+    _write_json(out / "summary.json", summary, drawn)
     _write_csv(out / "summary.csv", summary)
     page = out / "report.html"
     page.write_text(_html(summary, figures))
+    replaced = set(before.get("runs", [])) - {run.name for run in summary.runs}
+    if replaced:
+        console.print(
+            Text(f"{out}: replaced the report of {listed(before['runs'])}; another folder (--out) keeps both")
+        )
     return page
 
 
+def _report_in(out: Path) -> Mapping[str, Any]:
+    """The `summary.json` of the report in `out`; empty where there is none. UserError for files of others."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, and the report needs a folder")
+    ours = {"runs", "rows", "reward_name"}
+    if (out / "summary.json").is_file():
+        found = read_json(out / "summary.json")
+        if isinstance(found, Mapping) and ours <= found.keys():
+            return found
+    taken = [name for name in ("summary.json", "summary.csv", "report.html") if (out / name).exists()]
+    if taken:
+        raise UserError(
+            f"{out} holds {listed(taken)}, which no comparison wrote; choose another folder for the report"
+        )
+    return {}
+
+
 def print_table(console: Console, summary: Summary) -> None:
-    """The main split's table, the headline and what the intervals cover."""
-    columns = _columns(summary.main)
+    """The main split's table, policies against each other, the headline, and what the intervals cover."""
+    columns = _columns(summary)
     table = _table(summary, columns)
     if Measurement.get(console, console.options.update(width=1000), table).maximum > console.width:
         # A narrow terminal: limits where a decision hangs on them, the rest is in the files.
-        columns = [(words, cell if words in ("gold", "gain") else _value(cell)) for words, cell in columns]
+        gain = f"gain (over {summary.baseline})"
+        columns = [(words, cell if words in ("gold", gain) else _value(cell)) for words, cell in columns]
         table = _table(
             summary,
             [column for column in columns if column[0] not in ("of maximum", "ended", "IQM of seeds")],
         )
     console.print(table)
+    if pairs := shown_pairs(summary):
+        console.print(Text("Policies against each other, the one with more gold first", style="bold"))
+        console.print(_pairs_table(summary, pairs))
     console.print(Text(headline(summary)))
     console.print(Text(seed_note(summary), style="yellow" if summary.seeds < ENOUGH_SEEDS else "dim"))
+    for notice in _notes(summary):
+        console.print(Text(notice, style="dim"))
+
+
+def _pairs_table(summary: Summary, pairs: Sequence[Pair]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("policy")
+    table.add_column("against")
+    table.add_column("gold", justify="right", no_wrap=True)
+    table.add_column("win rate", justify="right", no_wrap=True)
+    table.add_column("")
+    for p in pairs:
+        mark = DAGGER if summary.marked(*p.runs) else ""
+        table.add_row(
+            Text(p.a),
+            Text(p.b),
+            Text(" ".join(_cell(p.difference, plus=True)) + mark),
+            Text(" ".join(_cell(p.win, percent=True))),
+            Text(_verdict(p), style="" if p.difference.excludes(0) else "yellow"),
+        )
+    return table
+
+
+def _verdict(p: Pair) -> str:
+    if not p.difference.excludes(0):
+        return "cannot be told apart"
+    return "more" if p.difference.value > 0 else "less"
 
 
 def _table(summary: Summary, columns: Sequence[tuple[str, Any]]) -> Table:
@@ -109,18 +176,22 @@ def _value(cell: Any) -> Any:
 # --- tables ---------------------------------------------------------------------------------------------
 
 
-def _columns(rows: Sequence[Row]) -> list[tuple[str, Any]]:
+def _columns(summary: Summary, rows: Sequence[Row] | None = None) -> list[tuple[str, Any]]:
     """(heading, row -> (value, limits)) of the columns that at least one row can fill."""
+    rows = summary.main if rows is None else rows
+    over = f"(over {summary.baseline})"
+    several = len({row.seeds for row in rows}) > 1
     columns = [
         ("gold", True, lambda r: _cell(r.gold)),
         ("of maximum", any(r.share for r in rows), lambda r: _cell(r.share, percent=True)),
-        ("gain", any(r.gain for r in rows), lambda r: _cell(r.gain, plus=True)),
-        ("win rate", any(r.win for r in rows), lambda r: _cell(r.win, percent=True)),
+        (f"gain {over}", any(r.gain for r in rows), lambda r: _cell(r.gain, plus=True)),
+        (f"win rate {over}", any(r.win for r in rows), lambda r: _cell(r.win, percent=True)),
         ("KL (nats)", any(r.kl for r in rows), lambda r: ("0", "") if r.is_baseline else _cell(r.kl)),
         ("proxy", any(r.proxy for r in rows), lambda r: _cell(r.proxy)),
         ("length (tokens)", True, lambda r: _cell(r.length, digits=1)),
         ("ended", True, lambda r: _cell(r.ended, percent=True)),
         ("IQM of seeds", any(r.middle is not None for r in rows), lambda r: (_maybe(r.middle), "")),
+        ("seeds", several, lambda r: (f"{r.seeds}{DAGGER if summary.marked(r.seeds) else ''}", "")),
     ]
     return [(words, cell) for words, filled, cell in columns if filled]
 
@@ -142,16 +213,40 @@ def _maybe(value: float | None) -> str:
 
 
 def _about(summary: Summary) -> str:
-    """What was measured on what: `gold: larder_gold · eval · 96 prompts, 2 answers each · 3 seeds`."""
+    """What was measured on what: `gold: larder_gold · split: eval · 96 prompts (81 distinct), 2 answers each`."""
     rows = summary.main
     answers = sorted({row.answers for row in rows})
     spread = str(answers[0]) if len(answers) == 1 else f"{answers[0]} to {answers[-1]}"
     splits = ", ".join(dict.fromkeys(row.split for row in rows))
-    seeds = sorted({row.seeds for row in rows})
+    seeds = sorted({row.seeds for row in summary.compared})
     many = " to ".join(map(str, seeds if len(seeds) < 2 else (seeds[0], seeds[-1])))
+    prompts = _count(rows[0].prompts, "prompt")
+    if rows[0].distinct not in (None, rows[0].prompts):
+        prompts += f" ({rows[0].distinct:,} distinct)"
     return (
-        f"gold: {summary.reward_name} · split: {splits} · {_count(rows[0].prompts, 'prompt')}, "
+        f"gold: {summary.reward_name} · split: {splits} · {prompts}, "
         f"{spread} answer{'s' * (spread != '1')} each · {many} seed{'s' * (many != '1')}"
+    )
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What has to be known to read the table: how runs were put together, and why a cell is empty."""
+    notes = list(summary.notices)
+    chosen = [row.label for row in summary.main if _is_best_of_n(summary, row)]
+    if chosen:
+        notes.append(
+            f"{listed(chosen)}: chosen by the proxy from samples of another policy. Only the scores of the chosen "
+            f"answers are kept, so texts and criteria are a dash ({DASH}), and the KL is the exact bound."
+        )
+    return notes
+
+
+def _is_best_of_n(summary: Summary, row: Row) -> bool:
+    """Its answers were chosen, not sampled from a model of its own: the KL is known and nothing was recorded."""
+    return any(
+        policy.label == row.label and policy.kl_exact is not None
+        for evaluation in summary.evaluations
+        for policy in evaluation.policies
     )
 
 
@@ -192,22 +287,37 @@ def _write_csv(file: Path, summary: Summary) -> None:
         writer.writerows(rows)
 
 
-def _write_json(file: Path, summary: Summary) -> None:
+def _pair_flat(p: Pair) -> dict[str, Any]:
+    return {
+        "a": p.a,
+        "b": p.b,
+        "seeds_a": p.runs[0],
+        "seeds_b": p.runs[1],
+        "paired_by": "prompt and seed" if p.paired_runs else "prompt",
+        **_limits_of("difference", p.difference),
+        **_limits_of("win", p.win),
+    }
+
+
+def _write_json(file: Path, summary: Summary, figures: Sequence[str]) -> None:
     content = {
         "headline": headline(summary),
         "reward_name": summary.reward_name,
         "confidence": 0.95,
         "runs": [run.name for run in summary.runs],
         "rows": [_flat(row) for row in summary.rows],
+        "pairs": [_pair_flat(p) for p in summary.pairs],
         "best_of_n": {
-            evaluation.label: {
+            f"{evaluation.label} {curve.label}".strip(): {
                 name: None if value is None else value.tolist()
-                for name, value in vars(evaluation.best_of_n).items()
+                for name, value in vars(curve).items()
+                if name != "label"
             }
             for evaluation in summary.evaluations
-            if evaluation.best_of_n is not None
+            for curve in evaluation.best_of_n
         },
         "seconds": _cost(summary),
+        "figures": list(figures),
     }
     file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
@@ -231,19 +341,20 @@ def _html(summary: Summary, figures: list[plots.Figure]) -> str:
         about=_about(summary),
         seed_note=seed_note(summary),
         few_seeds=summary.seeds < ENOUGH_SEEDS,
-        shared=_shared_stages(summary),
         unfinished=[(run.name, *entry) for run in summary.runs for entry in run.unfinished],
+        notes=_notes(summary),
         method=_method(summary),
+        pairs=_matrix(summary),
+        pairs_limit=LIMIT,
         looks=looks,
-        baseline=summary.evaluations[0].baseline.name,
-        columns=_columns(summary.main),
+        columns=_columns(summary),
         rows=summary.main,
         splits=[
-            (split, rows, _columns(rows))
+            (split, rows, _columns(summary, rows))
             for split in summary.splits
             if (rows := [row for row in summary.rows if row.split == split and row not in summary.main])
         ],
-        criteria=_criteria(summary.main),
+        criteria=_criteria(summary),
         figures=[
             (
                 figure,
@@ -264,37 +375,87 @@ def _html(summary: Summary, figures: list[plots.Figure]) -> str:
 
 def _method(summary: Summary) -> str:
     text = "Brackets are 95% intervals for the mean over prompts; answers to one prompt count as one draw. "
-    if summary.seeds == 1:
-        text += f"They come from a BCa bootstrap over prompts with {RESAMPLES:,} resamples. "
-    else:
-        text += "Seeds and prompts are crossed random effects; limits use Student's t (Satterthwaite). "
+    rows = summary.main
+    if any(row.distinct not in (None, row.prompts) for row in rows):
+        text += (
+            "A prompt that was drawn more than once counts each time, as it should where prompts are drawn at random; "
+            "copies in a file of prompts would make the intervals too narrow. "
+        )
+    if any(row.seeds == 1 for row in rows):
+        text += f"With one training run they come from a BCa bootstrap over prompts with {RESAMPLES:,} resamples. "
+    if any(row.seeds > 1 for row in rows):
+        text += "Several training runs and prompts are crossed random effects; limits use Student's t (Satterthwaite). "
     return text + (
-        "Gains are paired by prompt. A win rate compares each answer's gold with each baseline answer to the "
-        "same prompt, ties half. Intervals are not adjusted for the number of policies compared."
+        "Gains are paired by prompt, and by seed where both policies have the same ones. A win rate compares each "
+        "answer's gold with each baseline answer to the same prompt, ties half. Intervals are not adjusted for the "
+        "number of policies compared."
     )
 
 
-def _shared_stages(summary: Summary) -> list[str]:
-    """Stages with fewer seeds than the evaluation: their randomness is in no interval."""
-    shared = []
-    for evaluation in summary.evaluations:
-        for name in dict.fromkeys(stage.name for stage in evaluation.run.stages):
-            seeds = [stage for stage in evaluation.run.stages if stage.name == name]
-            if len(seeds) < len(evaluation.seeds):
-                shared.append(name)
-    return list(dict.fromkeys(shared))
+def _matrix(summary: Summary) -> dict[str, Any] | None:
+    """Every policy (row) against every other (column), best first: `(difference, limits, win rate, told apart)`."""
+    found = {(p.a, p.b): p for pair in summary.pairs for p in (pair, pair.reversed)}
+    names = list(dict.fromkeys(name for p in summary.pairs for name in (p.a, p.b)))
+    if len(names) < 2:
+        return None
+
+    def cell(a: str, b: str) -> Any:
+        if a == b:
+            return None
+        if (a, b) not in found:
+            return {"value": DASH, "limits": "", "win": "", "told": True}
+        p = found[a, b]
+        value, bounds = _cell(p.difference, plus=True)
+        mark = DAGGER if summary.marked(*p.runs) else ""
+        win = f"wins {_cell(p.win, percent=True)[0]}"
+        return {"value": value + mark, "limits": bounds, "win": win, "told": p.difference.excludes(0)}
+
+    gold = {row.label: row.gold.value for row in summary.main}
+    names.sort(key=lambda name: -gold[name])
+    level = [f"{p.a} and {p.b}" for p in summary.pairs if not p.difference.excludes(0)]
+    dash = any((a, b) not in found for a in names for b in names if a != b)
+    return {
+        "names": names,
+        "rows": [(a, [cell(a, b) for b in names]) for a in names],
+        "level": level,
+        "unshared": dash,
+        "left_out": len(gold) - len(names),
+    }
 
 
-def _criteria(rows: Sequence[Row]) -> dict[str, Any] | None:
-    names = list(dict.fromkeys(name for row in rows for name in row.criteria))
+def _criteria(summary: Summary) -> dict[str, Any] | None:
+    """The criteria's means, with the range of single answers for a scale. A policy without them has dashes."""
+    names = list(dict.fromkeys(name for row in summary.main for name in row.criteria))
     if not names:
         return None
-    body = [(row.label, [_cell(row.criteria.get(name)) for name in names]) for row in rows if row.criteria]
-    return {"names": names, "rows": body}
+    splits = [
+        policy.splits[evaluation.main_split]
+        for evaluation in summary.evaluations
+        for policy in evaluation.policies
+        if evaluation.main_split in policy.splits
+    ]
+    scored = [split for split in splits if split.criteria]
+    ranges = []
+    for name in names:
+        answers = [_flat_scores(split.criteria[name]) for split in scored if name in split.criteria]
+        low, high = min(a.min() for a in answers), max(a.max() for a in answers)
+        ranges.append(f"{number(low, 1)} to {number(high, 1)}")
+    total = all(
+        split.criteria.keys() == set(names)
+        and np.allclose(
+            sum(_flat_scores(split.criteria[name]) for name in names), _flat_scores(split.gold), atol=1e-4
+        )
+        for split in scored
+    )
+    body = [(row.label, [_cell(row.criteria.get(name)) for name in names]) for row in summary.main]
+    return {"names": list(zip(names, ranges, strict=True)), "rows": body, "adds_up": total}
+
+
+def _flat_scores(scores: Scores) -> np.ndarray:
+    return np.array([value for run in scores for answers in run for value in answers], float)
 
 
 def _samples(evaluation: Evaluation) -> dict[str, Any]:
-    order = [policy.name for policy in evaluation.policies]
     shown = []
     for sample in evaluation.samples[:SAMPLES]:
         answers = sample["answers"]
@@ -303,29 +464,38 @@ def _samples(evaluation: Evaluation) -> dict[str, Any]:
                 "prompt": sample["prompt"],
                 "answers": [
                     {
-                        "label": f"{name} ({evaluation.label})" if evaluation.label else name,
-                        "name": name,
-                        "text": answers[name]["text"],
+                        "label": policy.label,
+                        "text": answers[policy.label]["text"],
                         "scores": [
-                            (score, number(answers[name][score]))
+                            (score, number(answers[policy.label][score]))
                             for score in ("gold", "proxy")
-                            if answers[name].get(score) is not None
+                            if answers[policy.label].get(score) is not None
                         ],
                     }
-                    for name in order
-                    if name in answers
+                    for policy in evaluation.policies
+                    if policy.label in answers
                 ],
             }
         )
-    return {"label": evaluation.label, "total": len(evaluation.samples), "shown": shown}
+    told = {label for sample in evaluation.samples for label in sample["answers"]}
+    without = [policy.label for policy in evaluation.policies if policy.label not in told]
+    return {
+        "label": evaluation.label,
+        "total": len(evaluation.samples),
+        "shown": shown,
+        "without": listed(without) if without and shown else "",
+    }
 
 
 def _cost(summary: Summary) -> list[dict[str, Any]]:
-    """Seconds of each stage: the mean of its seeds, and their sum."""
-    out = []
+    """Seconds of each stage: the mean of its seeds, and their sum. A stage that runs share counts once."""
+    out, counted = [], set()
     for run in summary.runs:
         for name in dict.fromkeys(stage.name for stage in run.stages):
-            stages = [stage for stage in run.stages if stage.name == name]
+            stages = [s for s in run.stages if s.name == name and s.folder.resolve() not in counted]
+            counted |= {stage.folder.resolve() for stage in stages}
+            if not stages:
+                continue
             seconds = [stage.seconds for stage in stages if stage.seconds is not None]
             out.append(
                 {
@@ -350,16 +520,13 @@ def _duration(seconds: float | None) -> str:
 
 
 def _arms(summary: Summary) -> dict[str, Mapping[str, Any]]:
-    """Label -> config of each evaluated policy that a stage of that name made, the baselines apart."""
-    arms = {}
-    for evaluation in summary.evaluations:
-        for policy in evaluation.policies[1:]:
-            for stage in evaluation.run.stages:
-                if stage.name == policy.name:
-                    arms[f"{policy.name} ({evaluation.label})" if evaluation.label else policy.name] = (
-                        stage.config
-                    )
-    return arms
+    """Label -> config of the stage that made each evaluated policy, the baselines apart."""
+    return {
+        policy.label: policy.stages[0].config
+        for evaluation in summary.evaluations
+        for policy in evaluation.policies[1:]
+        if policy.stages and policy.name == policy.stages[0].name
+    }
 
 
 def _differences(summary: Summary) -> dict[str, Any]:

@@ -1,16 +1,20 @@
 """Means, differences and win rates of evaluated policies, with intervals that respect how they were drawn.
 
-Every function takes scores as `[S][P][N]` nested sequences: S seeds (training runs), P prompts, N answers
-of one prompt (N may differ between prompts). Answers to one prompt are not independent, so the unit that
-is drawn is the prompt, and with several seeds also the seed.
+Every function takes scores as `[S][P][N]` nested sequences: S training runs (one per seed), P prompts, N answers
+to one prompt (N may differ between prompts). Answers to one prompt are not independent, so the unit that is
+drawn is the prompt, and with several training runs also the run. A prompt that was drawn twice is two draws: the
+mean over independent draws is what is estimated, and to cluster the repeats would only make intervals too wide
+(Abadie, Athey, Imbens & Wooldridge 2023: cluster where the sampling did).
 
-One seed: a bias-corrected and accelerated bootstrap over prompts (Efron 1987, `scipy.stats.bootstrap`).
+One training run: a bias-corrected and accelerated bootstrap over prompts (Efron 1987, `scipy.stats.bootstrap`).
 It says nothing about the randomness of training.
 
-Several seeds: prompts are crossed with seeds (each seed answers the same prompts), and there are too few
-seeds to resample: a percentile bootstrap of three seeds covers the truth about 80% of the time when it
-says 95%. So the two-way random-effects variance of the mean is used with Student's t, its degrees of
-freedom by Satterthwaite (1946); Searle, Casella & McCulloch, *Variance Components*, 1992, chapter 4.
+Several: prompts are crossed with training runs (each run answers the same prompts), and there are too few
+runs to resample: a percentile bootstrap of three covers the truth about 80% of the time when it says 95%.
+So the two-way random-effects variance of the mean is used with Student's t, its degrees of freedom by
+Satterthwaite (1946); Searle, Casella & McCulloch, *Variance Components*, 1992, chapter 4. Two policies whose
+training runs do not belong together in pairs (three of one, five of the other) each add their own part. A policy
+with a single training run adds none: the comparison is then with that one run and not with its algorithm.
 """
 
 from collections.abc import Sequence
@@ -26,7 +30,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence limits. The limits are NaN where one prompt and one seed give none."""
+    """An estimate and its confidence limits. The limits are NaN where one prompt and one training run give none."""
 
     value: float
     low: float
@@ -39,6 +43,10 @@ class Interval(NamedTuple):
     def scaled(self, factor: float) -> "Interval":
         """The interval of `factor` times the quantity, `factor` > 0 taken as known."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
+
+    def reflected(self, whole: float = 0.0) -> "Interval":
+        """The interval of `whole` minus the quantity: of b - a from a - b, of losses from wins (whole 1)."""
+        return Interval(whole - self.value, whole - self.high, whole - self.low)
 
 
 def prompt_means(scores: Scores) -> np.ndarray:
@@ -54,7 +62,8 @@ def prompt_means(scores: Scores) -> np.ndarray:
 
 def mean_interval(scores: Scores, confidence: float = 0.95) -> Interval:
     """The mean over prompts of each prompt's mean answer, in the units of `scores`."""
-    return _interval(prompt_means(scores), confidence)
+    means = prompt_means(scores)
+    return _interval(means.mean(axis=0), (means,), confidence)
 
 
 def rate_interval(scores: Scores, confidence: float = 0.95) -> Interval:
@@ -63,23 +72,36 @@ def rate_interval(scores: Scores, confidence: float = 0.95) -> Interval:
     When every answer is 0 or every answer is 1 resampling would claim certainty, so the Wilson interval
     with one trial per prompt is given instead.
     """
-    return _rate(prompt_means(scores), confidence)
+    means = prompt_means(scores)
+    return _rate(means.mean(axis=0), (means,), confidence)
 
 
-def difference_interval(a: Scores, b: Scores, confidence: float = 0.95) -> Interval:
-    """The mean of `a - b`, paired by seed and prompt: what the two share (hard prompts) cancels."""
-    return _interval(_paired(prompt_means(a), prompt_means(b)), confidence)
+def difference_interval(
+    a: Scores, b: Scores, confidence: float = 0.95, *, paired_runs: bool = True
+) -> Interval:
+    """The mean of `a - b`, paired by prompt: what the two share (hard prompts) cancels.
+
+    With `paired_runs` the i-th training run of `a` belongs to the i-th of `b` (the same seed), and what the two
+    share cancels too. Without it any numbers of runs go together, and their variances add.
+    """
+    x, y = _alike(prompt_means(a), prompt_means(b), paired_runs)
+    tables = (x - y,) if paired_runs else (x, y)
+    return _interval(x.mean(axis=0) - y.mean(axis=0), tables, confidence)
 
 
-def win_rate(a: Scores, b: Scores, confidence: float = 0.95) -> Interval:
+def win_rate(a: Scores, b: Scores, confidence: float = 0.95, *, paired_runs: bool = True) -> Interval:
     """How often an answer of `a` scores above an answer of `b` to the same prompt. A tie counts half.
 
     Every answer of `a` meets every answer of `b` (the Mann-Whitney statistic within a prompt), prompts
-    weigh the same, and the interval is clustered by prompt.
+    weigh the same, and the interval is clustered by prompt. `paired_runs` as in `difference_interval`: with it
+    only training runs of one pair meet, without it all do.
     """
-    _paired(prompt_means(a), prompt_means(b))  # the same shapes, or an error that says which differ
-    wins = [[_wins(*pair) for pair in zip(*seeds, strict=True)] for seeds in zip(a, b, strict=True)]
-    return _rate(np.array(wins), confidence)
+    _alike(prompt_means(a), prompt_means(b), paired_runs)
+    if paired_runs:
+        wins = np.array([_wins(*pair) for pair in zip(a, b, strict=True)])
+        return _rate(wins.mean(axis=0), (wins,), confidence)
+    wins = np.array([[_wins(one, other) for other in b] for one in a])  # [runs of a, runs of b, prompts]
+    return _rate(wins.mean(axis=(0, 1)), (wins.mean(axis=1), wins.mean(axis=0)), confidence)
 
 
 def interquartile_mean(scores: Scores) -> float | None:
@@ -91,34 +113,45 @@ def interquartile_mean(scores: Scores) -> float | None:
     return float(stats.trim_mean(seeds, 0.25)) if len(seeds) >= 4 else None
 
 
-def _wins(a: Sequence[float], b: Sequence[float]) -> float:
-    return float((np.sign(np.subtract.outer(np.asarray(a, float), np.asarray(b, float))).mean() + 1) / 2)
+def _wins(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[float]:
+    """[P] the share of pairs of answers to each prompt that `a` wins."""
+    signs = (np.sign(np.subtract.outer(np.asarray(x), np.asarray(y))) for x, y in zip(a, b, strict=True))
+    return [float((sign.mean() + 1) / 2) for sign in signs]
 
 
-def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    if a.shape != b.shape:
-        raise ValueError(f"paired scores need the same seeds and prompts: {a.shape} against {b.shape}")
-    return a - b
+def _alike(a: np.ndarray, b: np.ndarray, paired_runs: bool) -> tuple[np.ndarray, np.ndarray]:
+    if (a.shape != b.shape) if paired_runs else (a.shape[1] != b.shape[1]):
+        raise ValueError(f"paired scores need the same runs and prompts: {a.shape} against {b.shape}")
+    return a, b
 
 
-def _rate(means: np.ndarray, confidence: float) -> Interval:
-    if np.all(means == 0) or np.all(means == 1):
-        prompts = means.shape[1]
-        return Interval(means[0, 0], *wilson_interval(prompts if means[0, 0] else 0, prompts, confidence))
-    value, low, high = _interval(means, confidence)
+# --- the intervals --------------------------------------------------------------------------------------
+#
+# `values` [P] is what is averaged over prompts. Each of `tables` [S, P] holds it by training run, up to a constant
+# and a sign: one table when the runs are one set (or pairs), two when two policies' runs vary by themselves.
+
+
+def _rate(values: np.ndarray, tables: Sequence[np.ndarray], confidence: float) -> Interval:
+    if np.ptp(values) == 0 and values[0] in (0, 1):
+        trials = len(values)
+        return Interval(float(values[0]), *wilson_interval(trials if values[0] else 0, trials, confidence))
+    value, low, high = _interval(values, tables, confidence)
     return Interval(value, max(low, 0.0), min(high, 1.0)) if np.isfinite(low) else Interval(value, low, high)
 
 
-def _interval(means: np.ndarray, confidence: float) -> Interval:  # means [S, P]
-    value = float(means.mean())
-    if means.size == 1:
+def _interval(values: np.ndarray, tables: Sequence[np.ndarray], confidence: float) -> Interval:
+    value = float(values.mean())
+    tables = [table for table in tables if len(table) > 1]
+    if len(values) == 1 and not tables:
         return Interval(value, float("nan"), float("nan"))
-    if np.ptp(means) <= 1e-9 * max(1.0, abs(value)):  # all equal, up to rounding
+    if all(np.ptp(x) <= 1e-9 * max(1.0, abs(value)) for x in (values, *tables)):  # all equal, up to rounding
         return Interval(value, value, value)
-    return _crossed(means, confidence) if len(means) > 1 else _bootstrap(means[0], confidence)
+    if tables:
+        return _crossed(values, tables, confidence)
+    return _bootstrap(values, confidence)
 
 
-def _bootstrap(values: np.ndarray, confidence: float) -> Interval:  # values [P]
+def _bootstrap(values: np.ndarray, confidence: float) -> Interval:
     limits = stats.bootstrap(
         (values,),
         np.mean,
@@ -131,18 +164,19 @@ def _bootstrap(values: np.ndarray, confidence: float) -> Interval:  # values [P]
     return Interval(float(values.mean()), float(limits.low), float(limits.high))
 
 
-def _crossed(means: np.ndarray, confidence: float) -> Interval:  # means [S, P], S > 1
-    seeds, prompts = means.shape
-    by_seed, by_prompt = means.mean(axis=1), means.mean(axis=0)
-    value = float(means.mean())
+def _crossed(values: np.ndarray, tables: Sequence[np.ndarray], confidence: float) -> Interval:
     # Mean squares over the number of cells; each bounds the variance of the mean from below in expectation.
-    # The part that seeds and prompts share (their interaction and the sampling of answers) is in both.
-    seed = np.var(by_seed, ddof=1) / seeds
-    prompt = np.var(by_prompt, ddof=1) / prompts if prompts > 1 else 0.0
-    rest = means - by_seed[:, None] - by_prompt + value
-    freedom = (seeds - 1) * max(prompts - 1, 1)
-    shared = np.sum(rest**2) / freedom / means.size
-    variance = max(seed + prompt - shared, seed, prompt)
-    spread = seed**2 / (seeds - 1) + prompt**2 / max(prompts - 1, 1) + shared**2 / freedom
+    # The part that runs and prompts share (their interaction and the sampling of answers) is in both.
+    prompts, value = len(values), float(values.mean())
+    prompt = np.var(values, ddof=1) / prompts if prompts > 1 else 0.0
+    runs, shared, spread = [], [], prompt**2 / max(prompts - 1, 1)
+    for table in tables:  # [S, P], S > 1
+        by_run = table.mean(axis=1)
+        rest = table - by_run[:, None] - table.mean(axis=0) + by_run.mean()
+        freedom = (len(table) - 1) * max(prompts - 1, 1)
+        runs.append(np.var(by_run, ddof=1) / len(table))
+        shared.append(np.sum(rest**2) / freedom / table.size)
+        spread += runs[-1] ** 2 / (len(table) - 1) + shared[-1] ** 2 / freedom
+    variance = max(sum(runs) + prompt - sum(shared), sum(runs), prompt)
     half = stats.t.ppf((1 + confidence) / 2, variance**2 / spread) * np.sqrt(variance)
     return Interval(value, float(value - half), float(value + half))

@@ -144,7 +144,9 @@ def _check_preference(row: dict, place: str) -> None:
         raise UserError(f"{place}: field 'ranks' is {ranks}; 1 is the best rank and someone must have it.")
     ended = row.get("ended", [True] * len(responses))
     if not isinstance(ended, list) or [type(e) for e in ended] != [bool] * len(responses):
-        raise UserError(f"{place}: field 'ended' must be a list of {len(responses)} booleans, one per response.")
+        raise UserError(
+            f"{place}: field 'ended' must be a list of {len(responses)} booleans, one per response."
+        )
     criteria = row.get("criteria", {})
     if not isinstance(criteria, dict):
         raise UserError(f"{place}: field 'criteria' must map a name to one number per response.")

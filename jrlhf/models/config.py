@@ -41,23 +41,12 @@ class LoRAConfig:
 
     rank: int = 0  # 0: no adapters
     alpha: float = 16.0
-    targets: tuple[str, ...] = (
-        "q",
-        "k",
-        "v",
-        "o",
-        "gate",
-        "up",
-        "down",
-    )  # linear layers, by their parameter's name
+    targets: tuple[str, ...] = ()  # linear layers: q, k, v, o, gate, up, down; (): all that the model has
     rank_stabilized: bool = False  # alpha / sqrt(rank) (Kalajdzievski 2023)
 
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
-
-
-LINEAR_LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -141,10 +130,18 @@ class ModelConfig:
             raise UserError("model.moe: experts are gated and have no bias")
         if self.lora.rank < 0:
             raise UserError(f"model.lora.rank must not be negative, got {self.lora.rank}")
-        if wrong := [t for t in self.lora.targets if t not in LINEAR_LAYERS]:
+        if wrong := [t for t in self.lora.targets if t not in self.linear_layers]:
             raise UserError(
-                f"model.lora.targets: {wrong[0]!r} is no linear layer; there are {', '.join(LINEAR_LAYERS)}"
+                f"model.lora.targets: {wrong[0]!r} is no linear layer of this model; "
+                f"there are {', '.join(self.linear_layers)}"
             )
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Layers that can have an adapter. Experts cannot."""
+        if self.moe.experts:
+            return ("q", "k", "v", "o")
+        return ("q", "k", "v", "o", *(("gate",) if self.gated_mlp else ()), "up", "down")
 
     @property
     def head_size(self) -> int:

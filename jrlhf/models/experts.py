@@ -1,5 +1,6 @@
 """Mixture of experts: every token goes to its experts, none is dropped."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -29,14 +30,20 @@ def combine_experts(
             x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD, jnp.int32(0), activation
         )
     batch, experts = logical_spec(("batch", None, None)), logical_spec(("experts", None, None))
+    if x_BTD.shape[0] % math.prod(mesh.shape[name] for name in batch[0]):
+        batch = (
+            P()
+        )  # a few rows that do not divide (an initialisation, one prompt): every device has them all
     axis = experts[0]
 
     def on_device(x, weights, chosen, gate, up, down):
+        # Said aloud: a gather by this device's own order does not tell by itself that its derivative is to be summed.
+        x, weights = (jax.lax.pcast(v, axis, to="varying") for v in (x, weights))
         first = jax.lax.axis_index(axis) * gate.shape[0]
         return jax.lax.psum(_own_experts(x, weights, chosen, gate, up, down, first, activation), axis)
 
     return jax.shard_map(
-        on_device, in_specs=(batch, batch, batch, experts, experts, experts), out_specs=P(*batch)
+        on_device, in_specs=(batch, batch, batch, experts, experts, experts), out_specs=batch
     )(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD)
 
 
@@ -50,12 +57,12 @@ def _own_experts(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD, fir
     expert_n = jnp.where(own_n, expert_n, e)
     order_n = jnp.argsort(expert_n, stable=True)
     sizes_E = jnp.bincount(expert_n, length=e + 1)[:e].astype(jnp.int32)
-    rows_nD = x_BTD.reshape(b * t, d)[order_n // k]
+    # What a ragged product and its derivative leave beyond their groups is not defined: masked on the way in and out.
+    own_n1 = own_n[order_n][:, None]
+    mask = lambda x: jnp.where(own_n1, x, jnp.zeros((), x.dtype))  # noqa: E731
+    rows_nD = mask(x_BTD.reshape(b * t, d)[order_n // k])
     h_nF = activation(jax.lax.ragged_dot(rows_nD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(
         rows_nD, up_EDF, sizes_E
     )
-    y_nD = jax.lax.ragged_dot(h_nF, down_EFD, sizes_E)
-    # What a ragged product leaves beyond its groups is not defined.
-    weight_n = jnp.where(own_n, weights_BTk.reshape(-1), jnp.zeros((), weights_BTk.dtype))[order_n]
-    y_nD = jnp.where(own_n[order_n][:, None], y_nD, jnp.zeros((), y_nD.dtype)) * weight_n[:, None]
+    y_nD = mask(jax.lax.ragged_dot(h_nF, down_EFD, sizes_E)) * weights_BTk.reshape(-1)[order_n][:, None]
     return jnp.zeros((b * t, d), y_nD.dtype).at[order_n // k].add(y_nD).reshape(b, t, d)

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from jrlhf.config import UserError, did_you_mean
-from jrlhf.models.config import LINEAR_LAYERS, LoRAConfig, ModelConfig
+from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.families import FAMILIES, Weight
 from jrlhf.models.hf_config import read_object
 from jrlhf.models.lora import leaves, put, split
@@ -95,7 +95,7 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
         raise UserError(
             f"{path}: target_modules: {unknown[0]!r} is unknown.{did_you_mean(unknown[0], named)}"
         )
-    targets = tuple(t for t in LINEAR_LAYERS if t in {named[m.split(".")[-1]] for m in asked})
+    targets = tuple(t for t in model.config.linear_layers if t in {named[m.split(".")[-1]] for m in asked})
     lora = LoRAConfig(
         rank=card["r"],
         alpha=float(card["lora_alpha"]),
@@ -139,7 +139,7 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """(our layer's name, the last part of its module's name in the family) of every linear layer of its own tensor."""
-    weights = [w for w in FAMILIES[config.hf_family].weights if w.path.split("/")[-1] in LINEAR_LAYERS]
+    weights = [w for w in FAMILIES[config.hf_family].weights if w.path.split("/")[-1] in config.linear_layers]
     for w in weights:
         if sum(other.hf == w.hf for other in weights) == 1 and w.stacked == 1:
             yield w.path.split("/")[-1], w.hf.removesuffix(".weight").split(".")[-1]

@@ -117,15 +117,18 @@ def train(
     steps: int,
     template: TrainState,
     make_state: Callable[[], TrainState],
-    do_step: Callable[[TrainState, int], tuple[TrainState, dict, Any]],
+    do_step: Callable[..., tuple[TrainState, dict, Any]],
     evaluate: Callable[[TrainState, int], dict] | None = None,
     show: tuple[str, ...] = ("train/loss",),
     position: Callable[[int], dict] = lambda step: {"step": step},
     resume_position: Callable[[dict], None] | None = None,
 ) -> TrainState:
-    """Run `do_step(state, step) -> (state, metrics, batch)` from the last checkpoint to `steps`.
+    """Run `do_step(state, step, finish) -> (state, metrics, batch)` from the last checkpoint to `steps`.
 
-    Metrics of step n are fetched after step n + 1 has been dispatched, so the devices never wait for the host.
+    Metrics of step n are fetched after step n + 1 has been dispatched, so the devices never wait for the host; the
+    moment at which they come is step n's end. A `do_step` that itself waits for the devices calls `finish()` (which
+    fetches and logs the step before) when its first work is dispatched and before it waits: what it measures from
+    there on is time of its own step.
     Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
     """
     checkpointer = Checkpointer(
@@ -166,7 +169,7 @@ def train(
     try:
         with progress(ctx.console, steps, ctx.name, start) as bar:
             for step in range(start, steps):
-                state, metrics, batch = do_step(state, step)
+                state, metrics, batch = do_step(state, step, flush)
                 flush()
                 pending = (step + 1, metrics, batch)
                 bar.update(step, {k: last[k] for k in show if k in last})
@@ -177,6 +180,7 @@ def train(
                     evaluated = {k: float(v) for k, v in evaluate(state, done).items()}
                     logger.log(done, evaluated)
                     last |= evaluated
+                    clock = time.perf_counter()  # no part of the next step
                 stopping = STOP.requested and done < steps
                 if stopping or (
                     config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps
@@ -187,6 +191,7 @@ def train(
                             f"loop.keep_best: no such metric.{did_you_mean(config.keep_best, last)}"
                         )
                     checkpointer.save(done, state, position(done), last)
+                    clock = time.perf_counter()
                 if stopping:
                     raise Preempted(f"{ctx.name}: saved at step {done} of {steps}")
             flush()

@@ -41,7 +41,7 @@ def train_offline(
     else:
         feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
 
-    def do_step(state: TrainState, n: int):
+    def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         batch = feed(n)
         state, metrics = step(state, batch)
         return state, metrics, batch

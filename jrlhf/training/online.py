@@ -51,14 +51,15 @@ def train_online(
     text_feed = BatchFeed(ptx, loop.batch_size, ctx.seed, mesh) if ptx is not None else None
     need_text = reward.needs_text or any(w.needs_text for w in watch)
 
-    def do_step(state: TrainState, n: int):
+    def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         index = batches.indices(n)
-        began = time.perf_counter()
         # 1. Prompts and one response to each, by the current policy.
         prompts = sampler.put_prompts([ids[i] for i in index])
         samples = rollout(
             sampler.model, state.params["policy"], prompts, jax.random.fold_in(key, n), sampler.sampling
         )
+        finish()  # dispatched, the rollout follows the update of the step before; from here on the time is its own
+        began = time.perf_counter()
         # 2. Rewards: a program reads the text on the host, a reward model stays on the devices.
         texts = read_texts(samples, [rows[i] for i in index], sampler.tokenizer) if need_text else None
         rolled = time.perf_counter()

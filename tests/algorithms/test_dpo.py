@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from helpers import DESCENT, MODEL, assert_close, lm_params, one_step
 
-from jrlhf.algorithms.dpo import DPOConfig, PairBatch, make_dpo, pair_logprobs
+from jrlhf.algorithms.dpo import DPOConfig, make_dpo
 from jrlhf.metrics import check_name
+from jrlhf.ops.pairs import pair_logprobs
+from jrlhf.types import PairBatch
 
 ROWS, LENGTH = 16, 10
 KEY = jax.random.key(0)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.algorithms.dpo import DPOConfig, PairBatch, make_dpo
+from jrlhf.algorithms.dpo import DPOConfig, make_dpo
 from jrlhf.algorithms.ppo import ActorCritic, PPOConfig, make_ppo
 from jrlhf.lab import exact
 from jrlhf.optim import OptimConfig, build_optimizer
-from jrlhf.types import Rollout
+from jrlhf.types import PairBatch, Rollout
 
 SEEDS, UPDATES, ANSWERS = 10, 1500, 256
 ADAM = OptimConfig(lr=0.02, schedule="cosine", grad_clip=0.0)

@@ -16,6 +16,13 @@ POLICIES = {
     "kto": (0.63, 0.11, 0.3, 0.4, 9.8, 0.94),
     "best_of_16": (1.10, 0.12, 1.7, 1.84, 10.5, 0.98),
 }
+
+
+def _traits(policy: str) -> tuple[float, ...]:
+    """`ppo-strong` behaves as `ppo`."""
+    return POLICIES[policy.partition("-")[0]]
+
+
 SPLITS = {"eval": 0.0, "held_out_four": 1.0, "held_out_pairs": 0.4}
 
 
@@ -34,29 +41,59 @@ def make_run(
     curves: bool = True,
     reward_name: str = "larder_gold",
     trained_on: str = "reward_model",
+    once: tuple[str, ...] = (),
+    codes: dict[str, str] | None = None,
+    asked: int | None = None,
+    drawn: bool = True,
 ) -> Path:
-    """Write a finished run of `policies` (the first is the baseline) and return its folder."""
+    """Write a finished run of `policies` (the first is the baseline) and return its folder.
+
+    `once` names policies that do not depend on the seed, `codes` the code of stages that differ from `code`:
+    a stage of the same code is the same in two runs. `asked` is how many prompts are distinct, `drawn` whether
+    the evaluation recorded them.
+    """
     folder = runs / f"{name}-{code}"
     trained = [p for p in policies if not p.startswith("best_of")]
     stages = {"reward_model": _stage("RewardModel", learning_rate=3e-4, pairs=16000)}
     stages |= {p: _stage(p.upper(), learning_rate=1e-4, beta=0.05 if p == "ppo" else 0.1) for p in trained}
-    for policy in {"ppo", "grpo"}.intersection(trained):
-        stages[policy]["reward"] = trained_on
+    for policy in trained:
+        if policy.startswith(("ppo", "grpo")):
+            stages[policy]["reward"] = trained_on
+    if "best_of_16" in policies:
+        stages["best_of_n"] = _stage("BestOfN")
     stages["evaluate"] = {"type": "Evaluate", "policies": list(policies), "reward": reward_name}
+    stages["evaluate"] |= {"proxy": "reward_model", "best_of_n": "best_of_n" * ("best_of_16" in policies)}
+    stages["evaluate"] |= {"prompts": {split: {"size": prompts} for split in SPLITS}, "sampling": {}}
+    codes = codes or {}
     index: dict[str, dict[str, str]] = {}
     for stage, config in stages.items():
-        shared = stage in ("sft", "reward_model")
+        shared = stage in ("sft", "reward_model", "best_of_n", *once)
         for seed in seeds[:1] if shared else seeds:
-            rng = np.random.default_rng([seed, *stage.encode()])
-            where = runs / "stages" / f"{stage}-{code}{seed:04d}"
+            made = codes.get(stage, code)
+            rng = np.random.default_rng([seed, *stage.encode(), *made.encode()])
+            where = runs / "stages" / f"{stage}-{made}{seed:04d}"
             index.setdefault(stage, {})[str(seed)] = f"stages/{where.name}"
-            _write(where / "config.json", {"stage": config, "seed": seed, "fingerprint": code, "parents": {}})
+            parents = {}
+            if stage == "evaluate":
+                parents = {
+                    n: {"folder": Path(w.get(str(seed), w[str(seeds[0])])).name} for n, w in index.items()
+                }
+            record = {"stage": config, "seed": seed, "fingerprint": made, "parents": parents}
+            _write(where / "config.json", record)
             _write(where / "environment.json", _environment())
             _write(where / "done.json", {"results": {}, "seconds": round(20 + 60 * rng.random(), 3)})
             if stage == "evaluate":
-                evaluation = _evaluation(rng, policies, prompts, answers, proxy, best_of_n, reward_name)
+                shifts = {}
+                for policy in policies:  # the randomness of training: the same in each look at a training run
+                    which = parents.get(policy, parents.get("best_of_n"))["folder"]
+                    shift = np.random.default_rng([*which.encode()]).normal(0, 0.05)
+                    shifts[policy] = 0.0 if policy == "sft" else shift
+                evaluation = _evaluation(rng, shifts, prompts, answers, proxy, best_of_n, reward_name)
+                if drawn:
+                    names = [f"prompt {i % (asked or prompts)}" for i in range(prompts)]
+                    evaluation["prompts"] = {split: names for split in SPLITS}
                 _write(where / "evaluation.json", evaluation)
-            elif curves:
+            elif curves and stage != "best_of_n":
                 lines = _curves(rng, stage, updates, reward_name, trained_on)
                 (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     _write(
@@ -90,11 +127,12 @@ def _environment() -> dict:
 
 
 def _evaluation(rng, policies, prompts, answers, proxy, best_of_n, reward_name) -> dict:
+    """`policies`: name -> how much more gold its training gave it than expected."""
     difficulty = np.random.default_rng(7).normal(0, 0.35, prompts)
     out: dict = {"reward_name": reward_name, "gold_max": 1.9, "policies": {}, "criteria": {}}
     for policy in policies:
-        gold, drop, reward, kl, length, ended = POLICIES[policy]
-        shift = 0.0 if policy == "sft" else rng.normal(0, 0.05)  # the randomness of training
+        gold, drop, reward, kl, length, ended = _traits(policy)
+        shift = policies[policy]
         splits = {}
         for split, far in SPLITS.items():
             shape = (prompts, answers)
@@ -111,9 +149,11 @@ def _evaluation(rng, policies, prompts, answers, proxy, best_of_n, reward_name) 
             }
             if policy == "best_of_16":
                 splits[split]["kl"] = None
+            if policy == "best_of_16":  # chosen from another policy's answers: only scores are kept
+                continue
             out["criteria"].setdefault(policy, {})[split] = {
                 "helpful": (0.6 * scores).round(3).tolist(),
-                "harmless": (0.3 * scores + 0.1).round(3).tolist(),
+                "harmless": (0.4 * scores).round(3).tolist(),
             }
         out["policies"][policy] = {"splits": splits}
         if policy == "best_of_16":
@@ -126,15 +166,15 @@ def _evaluation(rng, policies, prompts, answers, proxy, best_of_n, reward_name) 
 def _sample(rng, number: int, policies, proxy: bool) -> dict:
     items = [ITEMS[i] for i in rng.choice(len(ITEMS), 1 + number % 3, replace=False)]
     answers = {}
-    for policy in policies:
+    for policy in (p for p in policies if p != "best_of_16"):
         text = (
             " ".join(f"{item} is {rng.choice(['sweet', 'dry', 'golden', 'sharp'])} ." for item in items)
             + " thanks"
         )
         answers[policy] = {
             "text": text + (" <b>great</b>" if rng.random() < 0.3 else ""),
-            "gold": round(float(rng.normal(POLICIES[policy][0], 0.4)), 2),
-            "proxy": round(float(rng.normal(POLICIES[policy][2], 0.4)), 2) if proxy else None,
+            "gold": round(float(rng.normal(_traits(policy)[0], 0.4)), 2),
+            "proxy": round(float(rng.normal(_traits(policy)[2], 0.4)), 2) if proxy else None,
         }
     return {"prompt": f"describe {' , '.join(items)}", "answers": answers}
 
@@ -167,16 +207,16 @@ def _curves(rng, stage: str, updates: int, gold: str, trained_on: str) -> list[d
             "train/loss": 1.8 - 0.6 * (1 - np.exp(-5 * u)) + noise(0.02),
             "policy/entropy": 1.1 + noise(0.01),
         }
-    elif stage in ("dpo", "kto"):
+    elif stage.startswith(("dpo", "kto")):
         rise = 1 - np.exp(-3 * u)
         columns = {
             "pref/acc": 0.5 + 0.35 * rise + noise(0.03),
             "pref/margin": 1.5 * rise + noise(0.05),
-            f"eval/{gold}/mean": 0.62 + (POLICIES[stage][0] - 0.62) * rise + noise(0.02),
-            "eval/kl/mean": POLICIES[stage][3] * u,
+            f"eval/{gold}/mean": 0.62 + (_traits(stage)[0] - 0.62) * rise + noise(0.02),
+            "eval/kl/mean": _traits(stage)[3] * u,
         }
     else:
-        top, kl, hump = POLICIES[stage][0], POLICIES[stage][3], 0.35 if stage == "grpo" else 0.0
+        top, kl, hump = _traits(stage)[0], _traits(stage)[3], 0.35 if stage == "grpo" else 0.0
         rise = 1 - np.exp(-4 * u)
         columns = {
             f"reward/{gold}/mean": 0.62 + (top + hump - 0.62) * rise - hump * u**2 + noise(0.05),
@@ -184,7 +224,7 @@ def _curves(rng, stage: str, updates: int, gold: str, trained_on: str) -> list[d
             "reward/total/mean": 0.1 + 1.6 * rise + noise(0.06),
             "kl/ref_k1": kl * (0.7 * u + 0.3 * u**2) + noise(0.05),
             "policy/entropy": 1.1 - 0.5 * u + noise(0.02),
-            "rollout/len_mean": 9.5 + (POLICIES[stage][4] - 9.5) * u + noise(0.3),
+            "rollout/len_mean": 9.5 + (_traits(stage)[4] - 9.5) * u + noise(0.3),
             "rollout/eos_rate": 0.93 + 0.05 * u + noise(0.01),
         }
         if trained_on == gold:

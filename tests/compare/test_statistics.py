@@ -82,6 +82,59 @@ def test_a_paired_difference_cancels_hard_prompts():
     )
 
 
+def test_a_mean_over_random_draws_does_not_mind_repeats():
+    """Prompts drawn with replacement from twelve: 64 draws are 64 draws, and the truth is inside 95% of the time."""
+    rng = np.random.default_rng(0)
+    share, score = rng.dirichlet(np.ones(12)), rng.normal(size=12)
+    truth, inside = share @ score, 0
+    for _ in range(200):
+        drawn = score[rng.choice(12, 64, p=share)] + rng.normal(0, 0.3, 64)
+        inside += not mean_interval([(drawn - truth)[:, None].tolist()]).excludes(0.0)
+    assert 0.90 <= inside / 200 <= 0.985
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (5, 3), (2, 4)])
+def test_coverage_with_unequal_numbers_of_training_runs(counts):
+    """No difference in expectation: 0 is inside about 95% of the time. A single run is its own truth."""
+    rng = np.random.default_rng(5)
+    inside, won = 0, 0
+    for _ in range(300):
+        hard = rng.normal(0, 0.6, (1, 40))
+        a, b = (
+            (rng.normal(0, 0.3 * (runs > 1), (runs, 1)) + hard + rng.normal(0, 0.5, (runs, 40)))[:, :, None]
+            for runs in counts
+        )
+        inside += not difference_interval(a, b, paired_runs=False).excludes(0.0)
+        won += not win_rate(a, b, paired_runs=False).excludes(0.5)
+    assert 0.91 <= inside / 300 <= 0.99
+    assert 0.91 <= won / 300 <= 0.99
+
+
+def test_unpaired_variances_add():
+    """With prompts that say nothing the variance is that of Welch's test, the freedom nearly so."""
+    a, b = np.array([0.1, 0.5, 0.6]), np.array([1.0, 1.7])
+    scores = [np.broadcast_to(x[:, None, None], (len(x), 30, 1)).tolist() for x in (a, b)]
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    interval = difference_interval(*scores, paired_runs=False)
+    assert interval.value == pytest.approx(a.mean() - b.mean())
+    np.testing.assert_allclose(interval[1:], [expected.low, expected.high], rtol=1e-6)
+
+
+def test_every_training_run_meets_every_other_one_when_unpaired():
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(0, 3, (3, 5, 2)).astype(float), rng.integers(0, 3, (2, 5, 4)).astype(float)
+    x, y = a[:, None, :, :, None], b[None, :, :, None, :]
+    expected = ((x > y) + 0.5 * (x == y)).mean()
+    assert win_rate(a.tolist(), b.tolist(), paired_runs=False).value == pytest.approx(expected)
+
+
+def test_reflection_turns_an_interval_around():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 20, 2))
+    there, back = difference_interval(a, b), difference_interval(b, a)
+    np.testing.assert_allclose(there.reflected(), back)
+    np.testing.assert_allclose(win_rate(a, b).reflected(1.0), win_rate(b, a))
+
+
 def test_win_rate_by_hand():
     """Prompt 1: 3 beats 1 and 3, 1 ties 1 and loses to 3 -> (1 + .5 + .5 + 0) / 4. Prompt 2: a loss."""
     a, b = [[[3.0, 1.0], [0.0]]], [[[1.0, 3.0], [1.0]]]
@@ -138,5 +191,10 @@ def test_scores_without_a_mean_are_refused(scores):
 
 
 def test_pairs_must_share_their_prompts():
-    with pytest.raises(ValueError, match="same seeds and prompts"):
+    with pytest.raises(ValueError, match="same runs and prompts"):
         difference_interval([[[1.0], [2.0]]], [[[1.0]]])
+
+
+def test_unpaired_runs_still_share_their_prompts():
+    with pytest.raises(ValueError, match="same runs and prompts"):
+        win_rate([[[1.0], [2.0]]], [[[1.0]]], paired_runs=False)

@@ -155,7 +155,9 @@ def test_sigterm_saves_where_it_stands(struck):
 
 
 def test_finished_stages_are_not_run_again(struck):
-    for name, output in zip(tiny.experiment.stages, struck.output[-1].splitlines(), strict=False):
+    amount, *lines = struck.output[-1].splitlines()
+    assert amount == "tiny: stages to run: 1, to reuse: 7"
+    for name, output in zip(tiny.experiment.stages, lines, strict=False):
         assert output.startswith(f"{name} (seed 0): reused") or name == "evaluate"
 
 

@@ -1,6 +1,7 @@
 """The loop itself: how long it runs, what it does with a loss that is not finite, and that it compiles once."""
 
 import itertools
+import time
 from dataclasses import replace
 
 import jax
@@ -12,12 +13,15 @@ from helpers import assert_close
 from tiny_runs import QUIET, evaluated, folders, trained
 
 from jrlhf.checkpoint import load_params
-from jrlhf.config import UserError
+from jrlhf.config import MeshConfig, StageContext, UserError
 from jrlhf.data.batching import Batches
 from jrlhf.metrics import read_metrics
 from jrlhf.optim import OptimConfig
+from jrlhf.training import online
 from jrlhf.training.data import BatchFeed, demonstration_batch
 from jrlhf.training.loop import LoopConfig, guarded, is_finite
+from jrlhf.training.loop import train as run_loop
+from jrlhf.training.rewards import read_texts
 from jrlhf.training.serve import load_any
 from jrlhf.training.stages.language_model import hold_out
 from jrlhf.types import TrainState
@@ -145,3 +149,37 @@ def test_nothing_is_compiled_after_the_first_step_and_the_first_evaluation(one_d
     first = evaluated(folder)[0]["step"]
     assert len({count for step, count in counts.items() if step <= first}) == 1
     assert len({count for step, count in counts.items() if step > first}) <= 1
+
+
+# --- time ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_a_part_of_its_own_step(train, monkeypatch):
+    """Every other rollout takes long: it is in the time of its own step, not in that of a neighbour."""
+    calls = itertools.count()
+
+    def slow(*args):
+        time.sleep(0.4 * (next(calls) % 2))
+        return read_texts(*args)
+
+    monkeypatch.setattr(online, "read_texts", slow)
+    ppo = replace(tiny.experiment.stages["ppo"], eval_prompts=None, loop=tiny.loop(6))
+    rows = trained(train(timed=ppo)["timed"])
+    assert [row["time/rollout"] > 0.4 for row in rows] == [False, True] * 3
+    assert [row["time/step"] > 0.4 for row in rows[1:]] == [True, False] * 2 + [True]  # the first compiles
+    assert all(0 < row["time/rollout"] < row["time/step"] for row in rows)
+
+
+def test_an_evaluation_is_not_in_the_time_of_a_step(tmp_path, monkeypatch):
+    slept = 0.5
+    ctx = StageContext("x", tiny.experiment.stages["sft"], tmp_path, {}, {}, 0, MeshConfig(), QUIET, tmp_path)
+    state = TrainState(np.int32(0), {"w": jax.numpy.zeros(())}, (), None, jax.random.key(0))
+    step = lambda state, n, finish: (state, {"train/loss": jax.numpy.float32(n)}, {})  # noqa: E731
+
+    def evaluate(state, step):
+        time.sleep(slept)
+        return {"eval/loss": 0.0}
+
+    loop = LoopConfig(steps=4, eval_every=1, checkpoint_every=0)
+    run_loop(ctx, loop, 4, state, lambda: state, step, evaluate)
+    assert all(row["time/step"] < slept for row in trained(tmp_path))

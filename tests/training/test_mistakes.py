@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -74,7 +75,7 @@ EARLY = {
     ),
     "unknown start": (
         changed("dpo", start=just("sfft")),
-        "stages.dpo: starts from 'sfft', which is not a stage",
+        "stages.dpo.start: 'sfft' is not a stage. Did you mean 'sft'?",
     ),
     "a critic from a program": (
         changed("ppo", reward=just("larder_gold")),
@@ -170,6 +171,67 @@ EARLY = {
         changed("sft", optim=lambda: OptimConfig(lr=-1.0)),
         "OptimConfig.lr is -1.0",
     ),
+    "a start that is no model": (
+        changed("ppo", start=just("preferences")),
+        "stages.ppo.start: needs a language model, but 'preferences' (Preferences) leaves preferences. "
+        "Stages that fit: pretrain, sft, dpo.",
+    ),
+    "a start that is a reward model": (
+        changed("ppo", start=just("reward_model")),
+        "stages.ppo.start: needs a language model, but 'reward_model' (RewardModel) leaves a reward model. "
+        "Stages that fit: pretrain, sft, dpo.",
+    ),
+    "a policy as reward": (
+        changed("ppo", reward=just("sft")),
+        "stages.ppo.reward: needs a reward model, but 'sft' (SFT) leaves a language model. "
+        "Stages that fit: reward_model.",
+    ),
+    "a policy as reward of best-of-n": (
+        changed("best_of_n", reward=just("sft")),
+        "stages.best_of_n.reward: needs",
+    ),
+    "a policy as proxy": (
+        changed("evaluate", proxy=just("sft")),
+        "stages.evaluate.proxy: needs a reward model",
+    ),
+    "a policy that is no model": (
+        changed("evaluate", policies=just(("sft", "preferences"))),
+        "stages.evaluate.policies: needs a language model, but 'preferences' (Preferences) leaves preferences.",
+    ),
+    "preferences of another kind of stage": (
+        changed("dpo", preferences=just("best_of_n")),
+        "stages.dpo.preferences: needs preferences, but 'best_of_n' (BestOfN) leaves a best-of-n table. "
+        "Stages that fit: preferences.",
+    ),
+    "best-of-n of another kind of stage": (
+        changed("evaluate", best_of_n=just("preferences")),
+        "stages.evaluate.best_of_n: needs a best-of-n table, but 'preferences' (Preferences) leaves preferences.",
+    ),
+    "answers that leave no room": (
+        changed("preferences", sampling=sampling(max_new_tokens=39)),
+        "stages.preferences: sampling.max_new_tokens 39 leaves no room for a prompt in the context of 40 tokens",
+    ),
+    "answers as long as the context": (
+        changed("evaluate", sampling=sampling(max_new_tokens=41)),
+        "stages.evaluate: sampling.max_new_tokens 41 do not fit the context of 40 tokens of 'sft'",
+    ),
+    "prompts and answers longer than the context": (
+        changed("ppo", max_prompt=just(33)),
+        "stages.ppo: max_prompt 33 and sampling.max_new_tokens 8 do not fit the context of 40 tokens of 'sft'",
+    ),
+    "best-of-n longer than the context": (
+        changed("best_of_n", max_prompt=just(33)),
+        "stages.best_of_n: max_prompt 33 and",
+    ),
+    "samples of DPO longer than the context": (
+        changed("dpo", sampling=sampling(max_new_tokens=39)),
+        "stages.dpo: sampling.max_new_tokens 39 leaves no room",
+    ),
+    "a negative prompt": (changed("ppo", max_prompt=just(-1)), "max_prompt must not be negative, got -1"),
+    "a folder without a checkpoint": (
+        lambda: replace(tiny.experiment, stages={"base": Checkpoint("no/such/model")}),
+        "stages.base: no/such/model: no such checkpoint folder",
+    ),
     "an unknown split": (
         changed("ppo", prompts=lambda: LarderPrompts(8, split="test")),
         "LarderPrompts.split: no split",
@@ -180,33 +242,11 @@ EARLY = {
 @pytest.mark.parametrize("name", EARLY)
 def test_refused_before_anything_runs(name, tmp_path):
     make, expected = EARLY[name]
-    with pytest.raises(UserError) as error:
-        run(make(), tmp_path / "runs", console=QUIET)
-    assert expected in message(error)
+    for refuse in (partial(run, console=QUIET), dry_run):
+        with pytest.raises(UserError) as error:
+            refuse(make(), tmp_path / "runs")
+        assert expected in message(error)
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("changed_stages", "expected"),
-    [
-        (
-            {"ppo": replace(STAGES["ppo"], start="evaluate")},
-            "stages.ppo: no model comes from 'evaluate' (Evaluate)",
-        ),
-        (
-            {"dpo": replace(STAGES["dpo"], preferences="best_of_n")},
-            "stages.dpo: no preferences come from 'best_of_n' (BestOfN)",
-        ),
-    ],
-)
-def test_the_dry_run_refuses_stages_of_the_wrong_kind(changed_stages, expected, tmp_path):
-    kept = {name: stage for name, stage in STAGES.items() if name != "evaluate"}
-    if "ppo" in changed_stages:
-        kept["evaluate"] = replace(STAGES["evaluate"], policies=("sft",))
-    experiment = replace(tiny.experiment, stages=kept | changed_stages)
-    with pytest.raises(UserError) as error:
-        dry_run(experiment, tmp_path / "runs")
-    assert expected in message(error)
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_with_2(tmp_path, capsys):
@@ -279,18 +319,6 @@ LATE = {
         "model.vocab_size is 10, but the tokenizer has",
     ),
     "prompts longer than allowed": (stage("ppo", max_prompt=4), "LarderPrompts row 1: "),
-    "prompts and answers longer than the context": (
-        stage("ppo", max_prompt=33),
-        "prompts of 33 tokens and sampling.max_new_tokens 8 do not fit",
-    ),
-    "answers as long as the context": (
-        stage("ppo", sampling=SamplingConfig(max_new_tokens=40)),
-        "sampling.max_new_tokens 40 do not fit",
-    ),
-    "answers to best-of-n as long as the context": (
-        stage("best_of_n", sampling=SamplingConfig(max_new_tokens=40)),
-        "sampling.max_new_tokens 40 do not fit",
-    ),
     "fewer prompts than a batch": (
         stage("ppo", prompts=LarderPrompts(size=4)),
         "4 rows do not fill one batch of 8",
@@ -298,26 +326,6 @@ LATE = {
     "less pretraining text than a batch": (
         stage("ppo", ptx=LarderText(documents=2), algorithm=PPOConfig(epochs=1, minibatches=1, ptx_coef=1.0)),
         "rows do not fill one batch of 8",
-    ),
-    "preferences of another kind of stage": (
-        stage("dpo", preferences="sft"),
-        "this stage has no preferences.jsonl; name a Preferences stage",
-    ),
-    "best-of-n of another kind of stage": (
-        stage("evaluate", policies=("sft",), best_of_n="preferences"),
-        "this stage has no best_of_n.json; name a BestOfN stage",
-    ),
-    "a policy that is no model": (
-        stage("evaluate", policies=("sft", "preferences"), best_of_n=""),
-        "this stage has no model",
-    ),
-    "a reward model as policy": (
-        stage("ppo", start="reward_model"),
-        "expected a language model, but the stage holds a reward model",
-    ),
-    "a policy as reward model": (
-        stage("ppo", reward="sft"),
-        "expected a reward model, but the stage holds a language model",
     ),
     "only ties for the reward model": (
         lambda folder: RewardModel(
@@ -342,7 +350,6 @@ LATE = {
         "data.jsonl line 2: field 'ranks' has 1 entries for 2 responses",
     ),
     "answers longer than the limit": (stage("dpo", max_length=10), "preferences row 1: "),
-    "a folder without a checkpoint": (lambda folder: Checkpoint(str(folder / "model")), "model"),
     "stories without an ending": (
         lambda folder: sft(lambda f: StoryEndings(write(f / "stories.txt", ["A story that never ends"])))(
             folder
@@ -406,7 +413,14 @@ def test_refused_by_the_stage(name, one_device_run, one_device_runs, tmp_path):
             "sft",
             "axis 'embed' of size 16 is not divisible by 3 (mesh axes fsdp)",
         ),
-        (MeshConfig(data=3), 8, "sft", "needs a multiple of 3 devices, but there are 8"),
+        (
+            MeshConfig(data=3),
+            8,
+            "sft",
+            "mesh: data 3 x fsdp 1 x tensor 1 needs 3 devices, but there are 8. Change the mesh, or try it on virtual "
+            "CPU devices: --devices 3",
+        ),
+        (MeshConfig(fsdp=3), 8, "sft", "mesh: data -1 x fsdp 3 x tensor 1 needs a multiple of 3 devices"),
         (MeshConfig(data=-1, fsdp=-1), 8, "sft", "at most one may be -1"),
     ],
 )
@@ -418,6 +432,21 @@ def test_a_mesh_that_does_not_fit(
     with pytest.raises(UserError) as error:
         run(replace(only(*BEFORE, bad=bad), mesh=mesh), one_device_runs, console=QUIET)
     assert expected in message(error)
+
+
+@pytest.mark.parametrize("refuse", [partial(run, console=QUIET), dry_run], ids=["run", "dry run"])
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=4), MeshConfig(data=2)])
+def test_a_mesh_of_other_devices_is_refused_before_anything_runs(mesh, refuse, tmp_path):
+    with pytest.raises(UserError) as error:
+        refuse(replace(tiny.experiment, mesh=mesh), tmp_path / "runs")
+    assert f"stages.pretrain: mesh: data {mesh.data} x fsdp {mesh.fsdp} x tensor" in message(error)
+    assert "MeshConfig" not in message(error)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_only_samples_needs_its_devices_too():
+    with pytest.raises(UserError, match=r"needs 3 devices, but there are 8.* --devices 3"):
+        STAGES["preferences"].check_mesh(MeshConfig(data=3))
 
 
 @pytest.mark.parametrize("devices", [3, 6])

@@ -41,8 +41,10 @@ def one_device():
     """Stages make their mesh of the first device alone, whatever their config says."""
     patch = pytest.MonkeyPatch()
     use_mesh(patch, lambda config: make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    yield
-    patch.undo()
+    try:
+        yield
+    finally:
+        patch.undo()
 
 
 def only(*names: str, **changed):

@@ -3,13 +3,16 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
 
 from jrlhf.config import (
+    BEST_OF_N,
+    LANGUAGE_MODEL,
+    REWARD_MODEL,
     Source,
-    Stage,
     StageContext,
     UserError,
     stage_ref,
@@ -22,24 +25,27 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import make_reward, read_texts
+from jrlhf.training.rewards import make_reward, program_reward, read_texts
 from jrlhf.training.stages.common import (
+    MeshStage,
     TooLongPrompt,
+    check_answers,
     check_reward,
-    source_size,
     start_config,
     usable_prompts,
     write_text,
 )
-from jrlhf.types import Plan
+from jrlhf.training.stages.sizes import sampling_plan, usable
 
 
 @dataclass(frozen=True)
-class BestOfN(Stage):
+class BestOfN(MeshStage):
     """Rerank samples of a policy by the reward: the strongest simple baseline. Leaves `best_of_n.json`."""
 
-    start: str = stage_ref()
-    reward: str = stage_ref_or_name()
+    artifact: ClassVar[str] = BEST_OF_N
+
+    start: str = stage_ref(artifact=LANGUAGE_MODEL)
+    reward: str = stage_ref_or_name(artifact=REWARD_MODEL)
     prompts: Source = field(kw_only=True)
     gold: str = ""
     samples: int = 64  # per prompt; every n up to it is estimated without bias from the same samples
@@ -47,24 +53,26 @@ class BestOfN(Stage):
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
 
-    def validate(self, names):
-        check_reward(self.reward, names)
+    def validate(self, stages):
+        check_reward(self.reward, stages)
+        if self.gold:
+            program_reward(self.gold)
         if self.samples < 2:
             raise UserError(f"samples is {self.samples}; best-of-n needs at least 2")
+        check_answers(self.start, stages, self.sampling, self.max_prompt)
 
     def plan(self, ctx):
-        config = start_config(ctx, self.start)
-        rows = source_size(self.prompts)
-        return Plan(
-            config.n_params, rows, 0, rows * self.samples * self.sampling.max_new_tokens, 8 * config.n_params
-        )
+        rows, config = usable(self.prompts, self.too_long), start_config(ctx.stages, self.start)
+        return sampling_plan(config, rows, rows.times(self.samples), self.sampling.max_new_tokens, 2)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
             limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(policy, self.prompts, limit, self.sampling, self.too_long, ctx)
+            rows, ids = usable_prompts(
+                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
+            )
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
             gold = make_reward(self.gold, {}, mesh, policy.tokenizer) if self.gold else reward
             sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
@@ -97,5 +105,5 @@ class BestOfN(Stage):
 def best_of_n_table(folder: Path) -> dict:
     path = folder / "best_of_n.json"
     if not path.exists():
-        raise UserError(f"{folder}: this stage has no best_of_n.json; name a BestOfN stage")
+        raise UserError(f"{path} is missing; run its stage again with --force")
     return json.loads(path.read_text(encoding="utf-8"))

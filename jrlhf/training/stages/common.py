@@ -1,38 +1,97 @@
-"""What the stages share: checks at config time, prompts that fit, sizes for the dry run, small files."""
+"""What the stages share: their bases, checks at config time, prompts that fit, small files."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
+
+from rich.console import Console
 
 from jrlhf.config import (
+    LANGUAGE_MODEL,
+    MeshConfig,
     Source,
     Stage,
-    StageContext,
     UserError,
     did_you_mean,
+    stage_ref,
 )
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import check_batch, leads, make_mesh
 from jrlhf.training.artifacts import Loaded
-from jrlhf.training.data import (
-    prompt_ids,
-)
+from jrlhf.training.data import prompt_ids
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.rewards import REWARDS
-from jrlhf.types import Plan
 
 TooLong = Literal["error", "drop", "truncate"]
 TooLongPrompt = Literal["error", "drop", "truncate_left"]
 
 
 @dataclass(frozen=True)
-class TrainingStage(Stage):
-    """A stage with a loop: its batches must divide over the mesh."""
+class MeshStage(Stage):
+    """A stage that runs on the devices of the mesh."""
 
-    def check_mesh(self, mesh):
+    abstract: ClassVar[bool] = True
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        make_mesh(mesh)
+
+
+@dataclass(frozen=True)
+class ModelStage(MeshStage):
+    """A stage that leaves a model."""
+
+    abstract: ClassVar[bool] = True
+    artifact: ClassVar[str] = LANGUAGE_MODEL
+
+    def model_config(self, stages: Mapping[str, Stage]) -> ModelConfig:
+        """Of the model that it will leave; `stages` are those of the experiment."""
+        raise TypeError(f"{type(self).__name__} does not define model_config()")
+
+    def needs_download(self, stages: Mapping[str, Stage]) -> bool:
+        """Whether `model_config` has to fetch something from a server."""
+        return False
+
+
+@dataclass(frozen=True)
+class TrainingStage(ModelStage):
+    """A stage that trains a model: its batches must divide over the mesh."""
+
+    abstract: ClassVar[bool] = True
+
+    loop: LoopConfig = field(kw_only=True)
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
         check_batch(make_mesh(mesh), self.loop.batch_size, "loop.batch_size")
+
+
+@dataclass(frozen=True)
+class FineTuningStage(TrainingStage):
+    """A stage that trains the language model that another left; what it leaves has the same shape."""
+
+    abstract: ClassVar[bool] = True
+
+    start: str = stage_ref(artifact=LANGUAGE_MODEL)
+
+    def model_config(self, stages: Mapping[str, Stage]) -> ModelConfig:
+        return start_config(stages, self.start)
+
+    def needs_download(self, stages: Mapping[str, Stage]) -> bool:
+        return model_stage(stages, self.start).needs_download(stages)
+
+
+def model_stage(stages: Mapping[str, Stage], name: str) -> ModelStage:
+    stage = stages[name]
+    if not isinstance(stage, ModelStage):
+        raise TypeError(f"{type(stage).__name__} leaves {stage.artifact}: derive it from ModelStage")
+    return stage
+
+
+def start_config(stages: Mapping[str, Stage], name: str) -> ModelConfig:
+    """The config of the model that a stage will leave: that at the beginning of its chain of stages."""
+    return model_stage(stages, name).model_config(stages)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,10 +102,29 @@ def write_text(path: Path, text: str) -> None:
         partial.rename(path)
 
 
-def check_reward(name: str, names: tuple[str, ...]) -> None:
-    if name not in names and name not in REWARDS:
+def check_reward(name: str, stages: Mapping[str, Stage], field: str = "reward") -> None:
+    if name not in stages and name not in REWARDS:
+        hint = did_you_mean(name, [*stages, *REWARDS])
+        raise UserError(f"{field} {name!r} is neither a stage nor a known reward.{hint}")
+
+
+def check_answers(start: str, stages: Mapping[str, Stage], sampling: SamplingConfig, max_prompt: int) -> None:
+    """That prompts and answers can fit the context of the model of the stage `start`."""
+    if max_prompt < 0:
+        raise UserError(f"max_prompt must not be negative, got {max_prompt}")
+    if model_stage(stages, start).needs_download(stages):
+        return  # the stage itself will see
+    context = start_config(stages, start).context
+    if max_prompt + sampling.max_new_tokens > context:
+        prompts = f"max_prompt {max_prompt} and " if max_prompt else ""
         raise UserError(
-            f"reward {name!r} is neither a stage nor a known reward.{did_you_mean(name, [*names, *REWARDS])}"
+            f"{prompts}sampling.max_new_tokens {sampling.max_new_tokens} do not fit the context of {context} tokens "
+            f"of {start!r}"
+        )
+    if not max_prompt and context - sampling.max_new_tokens < 2:  # one is taken by the beginning of the text
+        raise UserError(
+            f"sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in the context of "
+            f"{context} tokens of {start!r}; lower it"
         )
 
 
@@ -63,40 +141,27 @@ def check_length(length: int, model: Model, field_name: str) -> None:
         )
 
 
-def usable_prompts(loaded: Loaded, source: Source, limit: int, sampling: SamplingConfig, too_long: str, ctx):
-    """Prompt rows and ids that leave room for a response in the context."""
+def usable_prompts(
+    loaded: Loaded, source: Source, limit: int, sampling: SamplingConfig, too_long: str, ctx, label: str
+):
+    """Prompt rows and ids that leave room for a response in the context. `label` tells sources apart in the log."""
     if limit < 1 or limit + sampling.max_new_tokens > loaded.model.config.context:
         raise UserError(
             f"prompts of {limit} tokens and sampling.max_new_tokens {sampling.max_new_tokens} do not fit the model's "
             f"context of {loaded.model.config.context}"
         )
-    return prompt_ids(source, loaded.tokenizer, limit, too_long, ctx.console)
+    return prompt_ids(source, loaded.tokenizer, limit, too_long, labelled(ctx.console, label))
 
 
-def source_size(source: Source | None) -> int:
-    """Rows of a source as far as its config says (a size, a limit); 0 when only reading it would tell."""
-    for name in ("size", "documents", "max_rows"):
-        if getattr(source, name, None):
-            return getattr(source, name)
-    return 0
+class _Labelled:
+    """A console for the readers of data, whose lines say what is read."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._console, self._label = console, label
+
+    def print(self, line: str, **options: Any) -> None:
+        self._console.print(f"  {self._label}: {line.lstrip()}", **options)
 
 
-def start_config(ctx: StageContext, name: str) -> ModelConfig:
-    """The model config at the beginning of a chain of stages, for the dry run."""
-    stage = ctx.stages[name]
-    if hasattr(stage, "model_config"):
-        return stage.model_config()
-    if not hasattr(stage, "start"):
-        raise UserError(f"stages.{ctx.name}: no model comes from {name!r} ({type(stage).__name__})")
-    return start_config(ctx, stage.start)
-
-
-def training_plan(config: ModelConfig, loop: LoopConfig, rows: int, length: int, per_row: int = 1) -> Plan:
-    """Sizes of a training stage. Memory: float32 parameters, gradient and two moments, and activations."""
-    steps = loop.steps or (loop.total_steps(rows) if rows else 0)
-    tokens_step = loop.batch_size * per_row * length
-    kept = config.d_model * (2 if config.remat == "full" else 16) * config.n_layers
-    logits = 3 * config.vocab_size * min(1.0, (config.logits_chunk or length) / length)
-    activations = int(4 * tokens_step * (kept + logits))
-    note = "" if steps else "steps depend on the data"
-    return Plan(config.n_params, rows, steps, steps * tokens_step, 16 * config.n_params + activations, note)
+def labelled(console: Console, label: str) -> Any:
+    return _Labelled(console, label)

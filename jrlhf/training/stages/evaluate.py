@@ -2,13 +2,17 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import jax
 import numpy as np
 
 from jrlhf.config import (
+    BEST_OF_N,
+    EVALUATION,
+    LANGUAGE_MODEL,
+    REWARD_MODEL,
     Source,
-    Stage,
     StageContext,
     UserError,
     stage_ref,
@@ -25,35 +29,38 @@ from jrlhf.training.loop import stage_key
 from jrlhf.training.rewards import Reward, Texts, make_reward, read_texts
 from jrlhf.training.stages.best_of_n import best_of_n_table
 from jrlhf.training.stages.common import (
+    MeshStage,
     TooLongPrompt,
+    check_answers,
     check_reward,
-    source_size,
     start_config,
     usable_prompts,
     write_text,
 )
-from jrlhf.types import Plan
+from jrlhf.training.stages.sizes import Count, sampling_plan, usable
 
 
 @dataclass(frozen=True)
-class Evaluate(Stage):
+class Evaluate(MeshStage):
     """Every policy on the same prompts: gold, proxy, KL to the first policy, length. Leaves `evaluation.json`."""
 
-    policies: tuple[str, ...] = stage_ref()
-    gold: str = stage_ref_or_name()  # the reward that is reported
+    artifact: ClassVar[str] = EVALUATION
+
+    policies: tuple[str, ...] = stage_ref(artifact=LANGUAGE_MODEL)
+    gold: str = stage_ref_or_name(artifact=REWARD_MODEL)  # the reward that is reported
     prompts: dict[str, Source] = field(kw_only=True)  # by split; the first is the main one
-    proxy: str = stage_ref_or_name("")  # the learned reward, for comparison
-    best_of_n: str = stage_ref("")
+    proxy: str = stage_ref_or_name("", REWARD_MODEL)  # the learned reward, for comparison
+    best_of_n: str = stage_ref("", BEST_OF_N)
     samples: int = 4  # per prompt
     sampling: SamplingConfig = SamplingConfig()
     show: int = 12  # prompts whose answers are kept as text
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
 
-    def validate(self, names):
-        check_reward(self.gold, names)
+    def validate(self, stages):
+        check_reward(self.gold, stages, "gold")
         if self.proxy:
-            check_reward(self.proxy, names)
+            check_reward(self.proxy, stages, "proxy")
         if not self.policies or not self.prompts:
             raise UserError("policies and prompts must not be empty")
         if self.sampling.filtered:
@@ -62,12 +69,15 @@ class Evaluate(Stage):
             )
         if self.samples < 1:
             raise UserError(f"samples must be positive, got {self.samples}")
+        for name in self.policies:
+            check_answers(name, stages, self.sampling, self.max_prompt)
 
     def plan(self, ctx):
-        config = start_config(ctx, self.policies[0])
-        rows = sum(map(source_size, self.prompts.values()))
-        tokens = rows * self.samples * len(self.policies) * self.sampling.max_new_tokens
-        return Plan(config.n_params, rows, 0, tokens, 12 * config.n_params)
+        splits = [usable(source, self.too_long) for source in self.prompts.values()]
+        rows = Count(sum(split.n for split in splits), all(split.exact for split in splits))
+        answers = rows.times(self.samples * len(self.policies))
+        config = start_config(ctx.stages, self.policies[0])
+        return sampling_plan(config, rows, answers, self.sampling.max_new_tokens, 3)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -81,7 +91,9 @@ class Evaluate(Stage):
             base = load_model(ctx.parents[self.policies[0]], mesh)
             limit = self.max_prompt or base.model.config.context - self.sampling.max_new_tokens
             splits = {
-                name: usable_prompts(base, source, limit, self.sampling, self.too_long, ctx)
+                name: usable_prompts(
+                    base, source, limit, self.sampling, self.too_long, ctx, f"prompts.{name}"
+                )
                 for name, source in self.prompts.items()
             }
             slots = prompt_slots(*(ids for _, ids in splits.values()))

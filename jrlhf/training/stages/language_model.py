@@ -12,13 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.algorithms.sft import SFTConfig, make_sft
-from jrlhf.config import (
-    Source,
-    Stage,
-    StageContext,
-    UserError,
-    stage_ref,
-)
+from jrlhf.config import Source, StageContext, UserError
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.hf import config_from_hf, load_hf, resolve_checkpoint
@@ -39,15 +33,26 @@ from jrlhf.training.data import (
     text_batch,
 )
 from jrlhf.training.evaluation import chunk_rows
-from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
 from jrlhf.training.stages.common import (
+    FineTuningStage,
+    ModelStage,
     TooLong,
     TrainingStage,
     check_length,
     check_microbatches,
-    source_size,
+    labelled,
     start_config,
+)
+from jrlhf.training.stages.sizes import (
+    QUIET,
+    UNKNOWN,
+    Count,
+    at_most,
+    count_rows,
+    packed_rows,
+    tokenizer_of,
     training_plan,
 )
 from jrlhf.types import Plan, SequenceBatch
@@ -69,14 +74,13 @@ class Pretrain(TrainingStage):
 
     data: Source
     model: ModelConfig
-    loop: LoopConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01)
     algorithm: SFTConfig = SFTConfig()
     length: int = 0  # tokens of a packed row; 0: the model's context
     eval_rows: int = 64  # packed rows kept for the held-out loss
 
-    def validate(self, names):
+    def validate(self, stages):
         if self.length > self.model.context:
             raise UserError(f"length {self.length} is longer than model.context {self.model.context}")
         check_stream(self)
@@ -87,12 +91,17 @@ class Pretrain(TrainingStage):
     def files(self):
         return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ())
 
-    def model_config(self) -> ModelConfig:
+    def model_config(self, stages) -> ModelConfig:
         return replace(self.model, vocab_size=self.model.vocab_size or self.tokenizer.vocab_size)
 
     def plan(self, ctx):
-        config = self.model_config()
-        return training_plan(config, self.loop, source_size(self.data), self.length or config.context)
+        config = self.model_config(ctx.stages)
+        length, documents = self.length or config.context, count_rows(self.data)
+        rows = UNKNOWN  # long documents are cut, short ones packed
+        if not self.loop.steps and self.tokenizer.path and documents.exact:
+            tokenizer = load_tokenizer(self.tokenizer.path)
+            rows = packed_rows(self.eval_rows, lambda: text_batch(self.data, tokenizer, length, QUIET))
+        return training_plan(config, self.loop, rows, Count(length), read=documents)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -105,7 +114,8 @@ class Pretrain(TrainingStage):
                 kept: SequenceBatch | StreamFeed
                 kept, held = streamed(self, encode_text, tokenizer, length, ctx, mesh)
             else:
-                kept, held = hold_out(text_batch(self.data, tokenizer, length, ctx.console), self.eval_rows)
+                arrays = text_batch(self.data, tokenizer, length, labelled(ctx.console, "data"))
+                kept, held = hold_out(arrays, self.eval_rows)
             shardings = state_shardings(mesh, jax.eval_shape(model.init, key), model.logical_axes())
             params = jax.jit(model.init, out_shardings=shardings)(jax.random.fold_in(key, 1))
             params = train_language_model(self, ctx, mesh, model, params, key, kept, held)
@@ -123,7 +133,7 @@ class Pretrain(TrainingStage):
 
 
 @dataclass(frozen=True)
-class Checkpoint(Stage):
+class Checkpoint(ModelStage):
     """A Hugging Face checkpoint (folder or hub name) as the model to start from."""
 
     path: str
@@ -135,12 +145,21 @@ class Checkpoint(Stage):
     def files(self):
         return tuple(p for p in (self.path, self.tokenizer) if p and Path(p).exists())
 
-    def model_config(self) -> ModelConfig:
+    def validate(self, stages):
+        if not self.needs_download(stages):
+            self.model_config(stages)
+
+    def needs_download(self, stages) -> bool:
+        """A name of the hub's; anything else that is no folder is a mistake, which `model_config` tells."""
+        path = Path(self.path).expanduser()
+        return not path.exists() and len(path.parts) == 2 and not path.parent.is_dir()
+
+    def model_config(self, stages) -> ModelConfig:
         config = config_from_hf(resolve_checkpoint(self.path), dtype=self.dtype)
         return replace(config, remat=self.remat, logits_chunk=self.logits_chunk)
 
     def plan(self, ctx):
-        config = self.model_config()
+        config = self.model_config(ctx.stages)
         return Plan(model_params=config.n_params, memory_bytes=4 * config.n_params)
 
     def run(self, ctx: StageContext) -> dict:
@@ -148,7 +167,7 @@ class Checkpoint(Stage):
         tokenizer = load_tokenizer(self.tokenizer or folder)
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
-            model = Model(check_vocabulary(self.model_config(), tokenizer, "model"))
+            model = Model(check_vocabulary(self.model_config({}), tokenizer, "model"))
             shardings = state_shardings(
                 mesh, jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
             )
@@ -158,25 +177,29 @@ class Checkpoint(Stage):
 
 
 @dataclass(frozen=True)
-class SFT(TrainingStage):
+class SFT(FineTuningStage):
     """Supervised fine-tuning on demonstrations; the loss is on completions and their EOS."""
 
-    start: str = stage_ref()
     data: Source = field(kw_only=True)
-    loop: LoopConfig = field(kw_only=True)
     optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine")
     algorithm: SFTConfig = SFTConfig()
     length: int = 0  # tokens of a packed row; 0: the model's context
     too_long: TooLong = "error"
     eval_rows: int = 32
 
-    def validate(self, names):
+    def validate(self, stages):
         check_microbatches(self)
         check_stream(self)
 
     def plan(self, ctx):
-        config = start_config(ctx, self.start)
-        return training_plan(config, self.loop, source_size(self.data), self.length or config.context)
+        config = start_config(ctx.stages, self.start)
+        length, read = self.length or config.context, count_rows(self.data)
+        rows = at_most(max(read.n - self.eval_rows, 0))
+        tokenizer = tokenizer_of(ctx, self.start)
+        if not self.loop.steps and tokenizer is not None and read.exact:
+            pack = partial(demonstration_batch, self.data, tokenizer, length, self.too_long, QUIET)
+            rows = packed_rows(self.eval_rows, pack)
+        return training_plan(config, self.loop, rows, Count(length), read=read)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -188,7 +211,9 @@ class SFT(TrainingStage):
                 kept: SequenceBatch | StreamFeed
                 kept, held = streamed(self, encode_cut_demonstration, loaded.tokenizer, length, ctx, mesh)
             else:
-                arrays = demonstration_batch(self.data, loaded.tokenizer, length, self.too_long, ctx.console)
+                arrays = demonstration_batch(
+                    self.data, loaded.tokenizer, length, self.too_long, labelled(ctx.console, "data")
+                )
                 kept, held = hold_out(arrays, self.eval_rows)
             params = train_language_model(self, ctx, mesh, model, loaded.params, stage_key(ctx), kept, held)
             save_model(ctx.folder, model, params, loaded.tokenizer)

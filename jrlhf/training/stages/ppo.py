@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.sft import sft_loss
 from jrlhf.config import (
+    REWARD_MODEL,
     Source,
     StageContext,
     UserError,
-    stage_ref,
     stage_ref_or_name,
 )
 from jrlhf.models.transformer import Model, with_scalar_head
@@ -24,28 +24,27 @@ from jrlhf.training.data import (
     text_batch,
 )
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
-from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.loop import stage_key
 from jrlhf.training.online import train_online
 from jrlhf.training.rewards import make_reward, program_reward
 from jrlhf.training.stages.common import (
+    FineTuningStage,
     TooLongPrompt,
-    TrainingStage,
+    check_answers,
     check_reward,
-    source_size,
+    labelled,
     start_config,
-    training_plan,
     usable_prompts,
 )
+from jrlhf.training.stages.sizes import at_most, training_plan, usable
 
 
 @dataclass(frozen=True)
-class PPO(TrainingStage):
+class PPO(FineTuningStage):
     """Reinforcement learning from the reward model (or a program), with a KL penalty to the start policy."""
 
-    start: str = stage_ref()
-    reward: str = stage_ref_or_name()
+    reward: str = stage_ref_or_name(artifact=REWARD_MODEL)
     prompts: Source = field(kw_only=True)
-    loop: LoopConfig = field(kw_only=True)
     algorithm: PPOConfig = PPOConfig()
     sampling: SamplingConfig = SamplingConfig()
     critic: Literal["reward", "policy", "shared"] = "reward"  # start the critic from the reward model, from
@@ -58,8 +57,8 @@ class PPO(TrainingStage):
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
 
-    def validate(self, names):
-        check_reward(self.reward, names)
+    def validate(self, stages):
+        check_reward(self.reward, stages)
         if self.gold:
             program_reward(self.gold)
         if self.sampling.filtered:
@@ -67,7 +66,7 @@ class PPO(TrainingStage):
                 "sampling: PPO trains the distribution that is sampled, so top_k, top_p, min_p and temperature 0 are "
                 "not possible here; use temperature"
             )
-        if self.critic == "reward" and self.reward not in names:
+        if self.critic == "reward" and self.reward not in stages:
             raise UserError(
                 f"critic 'reward' needs a reward-model stage; {self.reward!r} is a program: use 'policy'"
             )
@@ -82,15 +81,17 @@ class PPO(TrainingStage):
             raise UserError(
                 f"loop.batch_size {self.loop.batch_size} is not divisible by minibatches x microbatches = {minibatch}"
             )
+        check_answers(self.start, stages, self.sampling, self.max_prompt)
 
     def plan(self, ctx):
-        config = start_config(ctx, self.start)
-        rows = self.loop.batch_size
-        length = self.sampling.max_new_tokens + (self.max_prompt or 0)
-        plan = training_plan(config, self.loop, source_size(self.prompts), length)
+        config = start_config(ctx.stages, self.start)
+        prompt = self.max_prompt or config.context - self.sampling.max_new_tokens
+        length = at_most(prompt + self.sampling.max_new_tokens)
+        prompts = usable(self.prompts, self.too_long)
+        plan = training_plan(config, self.loop, prompts, length)
         critic = 0 if self.critic == "shared" else 1
         state = 4 * config.n_params * (1 + 3 * critic)  # reference, critic and its moments
-        return replace(plan, tokens=self.loop.steps * rows * length, memory_bytes=plan.memory_bytes + state)
+        return replace(plan, memory_bytes=plan.memory_bytes + state)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -99,7 +100,9 @@ class PPO(TrainingStage):
             policy = load_model(ctx.parents[self.start], mesh)
             model, tokenizer = policy.model, policy.tokenizer
             limit = self.max_prompt or model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(policy, self.prompts, limit, self.sampling, self.too_long, ctx)
+            rows, ids = usable_prompts(
+                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
+            )
             reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
             watch = (
                 [make_reward(self.gold, {}, mesh, tokenizer)]
@@ -119,7 +122,9 @@ class PPO(TrainingStage):
                 self.sampling.temperature,
             )
             eval_rows, eval_ids = (
-                usable_prompts(policy, self.eval_prompts, limit, self.sampling, self.too_long, ctx)
+                usable_prompts(
+                    policy, self.eval_prompts, limit, self.sampling, self.too_long, ctx, "eval_prompts"
+                )
                 if self.eval_prompts
                 else ([], [])
             )
@@ -139,7 +144,8 @@ class PPO(TrainingStage):
                 evaluate = lambda state, step: probe(state.params["policy"], step)  # noqa: E731
             text = None
             if self.ptx:
-                text = text_batch(self.ptx, tokenizer, slots + self.sampling.max_new_tokens, ctx.console)
+                length = slots + self.sampling.max_new_tokens
+                text = text_batch(self.ptx, tokenizer, length, labelled(ctx.console, "ptx"))
             axes = model.logical_axes() | Model(model.config, "scalar").logical_axes()
             state = train_online(
                 ctx, mesh, self.loop, algorithm, (policy.params, critic_params, policy.params, key), axes, sampler,

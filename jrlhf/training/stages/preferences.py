@@ -4,45 +4,51 @@ import json
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
 
-from jrlhf.config import (
-    Labeler,
-    Source,
-    Stage,
-    StageContext,
-    UserError,
-    stage_ref,
-)
+from jrlhf.config import LANGUAGE_MODEL, PREFERENCES, Labeler, Source, StageContext, UserError, stage_ref
 from jrlhf.data.sources import check_row
 from jrlhf.metrics import progress
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model
-from jrlhf.training.data import (
-    load_rows,
-)
+from jrlhf.training.data import load_rows, split_by_prompt
 from jrlhf.training.evaluation import Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
 from jrlhf.training.rewards import read_texts
 from jrlhf.training.stages.common import (
+    MeshStage,
     TooLongPrompt,
-    source_size,
+    check_answers,
+    labelled,
     start_config,
-    training_plan,
     usable_prompts,
     write_text,
+)
+from jrlhf.training.stages.sizes import (
+    UNKNOWN,
+    Count,
+    at_most,
+    count_rows,
+    finished,
+    local_rows,
+    sampling_plan,
+    training_plan,
+    usable,
 )
 from jrlhf.types import Plan
 
 
 @dataclass(frozen=True)
-class Preferences(Stage):
+class Preferences(MeshStage):
     """Sample several answers to each prompt and have them ranked. Leaves `preferences.jsonl`."""
 
-    start: str = stage_ref()
+    artifact: ClassVar[str] = PREFERENCES
+
+    start: str = stage_ref(artifact=LANGUAGE_MODEL)
     prompts: Source = field(kw_only=True)
     labeler: Labeler = field(kw_only=True)
     responses: int = 2  # answers per prompt: 2 makes pairs, 4 to 9 K-wise rankings
@@ -50,15 +56,14 @@ class Preferences(Stage):
     max_prompt: int = 0  # longest prompt in tokens; 0: whatever fits the context
     too_long: TooLongPrompt = "error"
 
-    def validate(self, names):
+    def validate(self, stages):
         if self.responses < 2:
             raise UserError(f"responses is {self.responses}; a preference needs at least 2")
+        check_answers(self.start, stages, self.sampling, self.max_prompt)
 
     def plan(self, ctx):
-        config = start_config(ctx, self.start)
-        rows = source_size(self.prompts) * self.responses
-        tokens = rows * self.sampling.max_new_tokens
-        return Plan(config.n_params, source_size(self.prompts), 0, tokens, 4 * config.n_params)
+        rows, config = usable(self.prompts, self.too_long), start_config(ctx.stages, self.start)
+        return sampling_plan(config, rows, rows.times(self.responses), self.sampling.max_new_tokens, 1)
 
     def run(self, ctx: StageContext) -> dict:
         path = ctx.folder / "preferences.jsonl"
@@ -81,6 +86,11 @@ class Preferences(Stage):
         ]
         seed = zlib.crc32(f"labels {ctx.seed}".encode())
         labels = [check_row(row, "preference", "labeler") for row in self.labeler.label(asked, groups, seed)]
+        # What the labeller need not know: which answers were cut off by their length, and the prompt's tools.
+        for row, source in zip(labels, asked, strict=True):
+            row["ended"] = source["ended"]
+            if "tools" in source:
+                row["tools"] = source["tools"]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labels))
         tied = sum(len(set(row["ranks"])) < len(row["ranks"]) for row in labels)
         return {
@@ -93,13 +103,13 @@ class Preferences(Stage):
 
     def _prompts(self, loaded: Loaded, ctx: StageContext):
         limit = self.max_prompt or loaded.model.config.context - self.sampling.max_new_tokens
-        return usable_prompts(loaded, self.prompts, limit, self.sampling, self.too_long, ctx)
+        return usable_prompts(loaded, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts")
 
 
 def stored_preferences(folder: Path) -> list[dict]:
     path = folder / "preferences.jsonl"
     if not path.exists():
-        raise UserError(f"{folder}: this stage has no preferences.jsonl; name a Preferences stage")
+        raise UserError(f"{path} is missing; run its stage again with --force")
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
@@ -108,7 +118,7 @@ def preference_rows(stage, ctx: StageContext) -> list[dict]:
     """From the parent stage `preferences`, or from the source `data`."""
     if stage.preferences:
         return stored_preferences(ctx.parents[stage.preferences])
-    return load_rows(stage.data, "preference", ctx.console)
+    return load_rows(stage.data, "preference", labelled(ctx.console, "data"))
 
 
 def check_one_of(stage) -> None:
@@ -117,19 +127,36 @@ def check_one_of(stage) -> None:
 
 
 def preference_plan(stage, ctx: StageContext, pairs: str = "") -> Plan:
-    """Of a stage on preferences: batch rows are prompts with all their answers, or for DPO ordered pairs."""
-    config = start_config(ctx, stage.start)
-    rows, answers = source_size(stage.data), 2
-    if stage.preferences:
+    """Of a stage on preferences: batch rows are prompts with all their answers, or for `pairs` ordered pairs."""
+    config = start_config(ctx.stages, stage.start)
+    rows, answers = _training_preferences(stage, ctx, pairs)
+    if stage.too_long == "drop":
+        rows = at_most(rows.n)
+    # Sequences are as long as the longest in the data.
+    length = at_most(min(stage.max_length or config.context, config.context))
+    return training_plan(config, stage.loop, rows, length, 2 if pairs else answers)
+
+
+def _training_preferences(stage, ctx: StageContext, pairs: str) -> tuple[Count, int]:
+    """(batch rows without the held-out ones, answers to each prompt), as well as can be told before the parent ran."""
+    if stage.preferences and not finished(ctx.parents.get(stage.preferences)):
         parent = ctx.stages[stage.preferences]
         if not isinstance(parent, Preferences):
-            raise UserError(
-                f"stages.{ctx.name}: no preferences come from {stage.preferences!r} ({type(parent).__name__})"
-            )
-        rows, answers = source_size(parent.prompts), parent.responses
+            return UNKNOWN, 2
+        asked, k = local_rows(parent.prompts), parent.responses
+        if asked is None:
+            whole = at_most(count_rows(parent.prompts).n)
+        else:
+            whole = Count(len(split_by_prompt(asked, stage.eval_fraction)[0]), parent.too_long != "drop")
+        # Ties make no pairs.
+        return (at_most(whole.n * (k * (k - 1) // 2 if pairs == "all" else 1)) if pairs else whole), k
+    rows = stored_preferences(ctx.parents[stage.preferences]) if stage.preferences else local_rows(stage.data)
+    if rows is None:
+        return at_most(count_rows(stage.data).n), 2
     if getattr(stage, "eval_data", None) is None:
-        rows = round(rows * (1 - stage.eval_fraction))
-    if pairs:
-        rows *= answers * (answers - 1) // 2 if pairs == "all" else 1
-        answers = 2
-    return training_plan(config, stage.loop, rows, stage.max_length or config.context, answers)
+        rows = split_by_prompt(rows, stage.eval_fraction)[0]
+    answers = max(len(row["responses"]) for row in rows)
+    if not pairs:
+        return Count(len(rows)), answers
+    ordered_pairs = (sum(a < b for a in row["ranks"] for b in row["ranks"]) for row in rows)
+    return Count(sum(n if pairs == "all" else min(n, 1) for n in ordered_pairs)), answers

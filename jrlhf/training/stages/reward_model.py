@@ -1,7 +1,8 @@
 """The reward model: the SFT model with a scalar head, trained on preferences."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from jrlhf.algorithms.reward_model import (
     preference_scores,
 )
 from jrlhf.config import (
+    PREFERENCES,
+    REWARD_MODEL,
     Source,
     StageContext,
     UserError,
@@ -35,20 +38,26 @@ from jrlhf.training.evaluation import (
     chunk_rows,
     criteria_accuracy,
 )
-from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
-from jrlhf.training.stages.common import TooLongPrompt, TrainingStage, check_length, check_microbatches
+from jrlhf.training.stages.common import (
+    FineTuningStage,
+    TooLongPrompt,
+    check_length,
+    check_microbatches,
+    labelled,
+)
 from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
 from jrlhf.types import PreferenceBatch
 
 
 @dataclass(frozen=True)
-class RewardModel(TrainingStage):
+class RewardModel(FineTuningStage):
     """The SFT model with a scalar head, trained on preferences and normalised to mean 0, std 1."""
 
-    start: str = stage_ref()
-    loop: LoopConfig = field(kw_only=True)
-    preferences: str = stage_ref("")
+    artifact: ClassVar[str] = REWARD_MODEL
+
+    preferences: str = stage_ref("", PREFERENCES)
     data: Source | None = None
     eval_data: Source | None = None  # held-out preferences; None: a share of the prompts
     optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=50)
@@ -57,7 +66,7 @@ class RewardModel(TrainingStage):
     max_length: int = 0  # tokens of prompt and answer; 0: the longest in the data
     too_long: TooLongPrompt = "error"
 
-    def validate(self, names):
+    def validate(self, stages):
         check_one_of(self)
         check_microbatches(self)
         if not 0 < self.eval_fraction < 1:
@@ -73,7 +82,7 @@ class RewardModel(TrainingStage):
             loaded = load_model(ctx.parents[self.start], mesh)
             rows = preference_rows(self, ctx)
             if self.eval_data is not None:
-                held_rows = load_rows(self.eval_data, "preference", ctx.console)
+                held_rows = load_rows(self.eval_data, "preference", labelled(ctx.console, "eval_data"))
             else:
                 rows, held_rows = split_by_prompt(rows, self.eval_fraction)
             arrays, held = (
