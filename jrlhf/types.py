@@ -1,6 +1,6 @@
 """The records that travel between rooms. Shapes: B rows, T tokens, P prompt tokens, R response tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -85,14 +85,30 @@ class TextRow(TypedDict):
     text: str
 
 
-class DemonstrationRow(TypedDict):
-    prompt: str
-    completion: str
+Message = dict[str, Any]  # role, content, and what else a chat template reads
+Spoken = str | list[Message]  # plain text, or turns of a conversation
+
+
+class DemonstrationRow(TypedDict, total=False):
+    """`prompt` and `completion`, or `messages` of which every assistant turn is learned."""
+
+    prompt: Spoken
+    completion: Spoken
+    messages: list[Message]
+    tools: list[dict]
+
+
+class BinaryRow(TypedDict):
+    """One answer and whether it is wanted (Ethayarajh et al. 2024)."""
+
+    prompt: Spoken
+    completion: Spoken
+    label: bool
 
 
 class _PreferenceRequired(TypedDict):
-    prompt: str
-    responses: list[str]
+    prompt: Spoken
+    responses: Sequence[Spoken]
     ranks: list[int]  # 1 is best, equal ranks are ties
 
 
@@ -100,11 +116,13 @@ class PreferenceRow(_PreferenceRequired, total=False):
     scores: list[float]
     criteria: dict[str, list[float]]
     labeler: str
+    tools: list[dict]
     ended: list[bool]  # whether each answer ended by itself, rather than by its length
 
 
 class PromptRow(TypedDict, total=False):
-    prompt: str
+    prompt: Spoken
+    tools: list[dict]
     answer: str
 
 

@@ -12,7 +12,6 @@ from jrlhf.ops.losses import dpo_loss
 from jrlhf.ops.pairs import LanguageModel, PairConfig, pair_algorithm
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm, Array
-from jrlhf.types import PairBatch as PairBatch  # its former place
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,8 @@ def encode_preference(
 ) -> PreferenceExample | None:
     """Every answer as BOS + prompt + answer + EOS, at most `max_len` tokens; answer and EOS are marked.
 
-    An answer that was cut off by its length (the row's `ended` says so) has no EOS: a reward model must be able to tell,
-    and DPO must not learn to stop there.
+    An answer that was cut off by its length (the row's `ended` says so) has no EOS: a reward model must be able to
+    tell, and DPO must not learn to stop there.
 
     Messages are rendered by the chat template; all answers follow the same ids of the prompt. A longer row is
     a UserError, or None with `too_long="drop"`. With "truncate_left" the prompt loses its beginning until the

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jrlhf.config import Source, UserError, did_you_mean
 from jrlhf.data.formats import (
@@ -155,6 +155,8 @@ def _open_hub(place: str, path: str, **options: Any) -> Any:
 @dataclass(frozen=True)
 class DataSource(Source):
     """A source that counts. Subclasses define `read`."""
+
+    abstract: ClassVar[bool] = True
 
     def read(self, report: Report, start: int = 0) -> Iterator[dict]:
         """Yield the rows after the first `start` (how a stream resumes) and count them in `report`."""

@@ -284,12 +284,13 @@ class LarderLabelers(Labeler):
                     f"{did_you_mean(row['labeler'], names)}"
                 )
             who = names.index(row["labeler"])
-            utilities = self.utilities(row["responses"], row["criteria"])  # [L, K]
+            answers = [str(r) for r in row["responses"]]
+            utilities = self.utilities(answers, row["criteria"])  # [L, K]
             believers = utilities[[who]] if knows_labeler else utilities
             for i, j in itertools.combinations(range(len(ranks)), 2):
                 if ranks[i] == ranks[j]:
                     continue
-                pair = [row["responses"][i], row["responses"][j]]
+                pair = [answers[i], answers[j]]
                 bias = self.position_bias if i == 0 else 0.0
                 win, lose = self._chances(utilities[[who]][:, [i, j]], pair, bias)
                 believed = self._chances(believers[:, [i, j]], pair, bias)

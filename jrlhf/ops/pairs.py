@@ -18,6 +18,13 @@ PairLoss = Callable[[Array, Array], tuple[Array, Array, Array]]
 class LanguageModel(Protocol):
     """What these algorithms ask of a model."""
 
+    @property
+    def base(self) -> "LanguageModel":
+        """Without adapters: the reference."""
+
+    def whole(self, trained: Params, frozen: Params | None) -> Params:
+        """All parameters, of which some may be frozen."""
+
     def logprobs(self, params: Params, tokens_BT: Array, mask_BT: Array) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies of tokens [1, T) given what precedes them, each [B, T - 1]."""
 
@@ -62,19 +69,20 @@ def pair_algorithm(
     """
 
     def init(params, ref_params, key) -> TrainState:
-        """`ref_params` are kept only where the reference is scored on the fly."""
+        """`ref_params` are kept only where the reference is scored on the fly, or `params` are adapters beside it."""
         params = {"policy": params}
-        ref_params = ref_params if config.reference == "on_the_fly" else None
+        adapters = model.base != model
+        ref_params = ref_params if config.reference == "on_the_fly" or adapters else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, key)
 
     def train_step(state: TrainState, batch: PairBatch):
         if config.reference == "on_the_fly":
-            score = lambda rows: pair_logprobs(model, state.ref_params, rows)  # noqa: E731
+            score = lambda rows: pair_logprobs(model.base, state.ref_params, rows)  # noqa: E731
             batch = batch._replace(ref_logprobs=map_rows(score, batch, config.microbatches))
         pairs = jnp.float32(batch.tokens.shape[0])
 
         def loss(params, rows: PairBatch):
-            logp = pair_logprobs(model, params["policy"], rows)
+            logp = pair_logprobs(model, model.whole(params["policy"], state.ref_params), rows)
             losses, chosen, rejected = pair_loss(logp, rows.ref_logprobs)
             mean = lambda x: jnp.sum(x, dtype=jnp.float32) / pairs  # noqa: E731
             sums = {

@@ -1,9 +1,9 @@
 """A finished stage's model on disk: parameters, how to read them, and the tokenizer."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jrlhf.checkpoint import load_meta, load_params, save_params
 from jrlhf.config import UserError, from_dict, to_dict
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
-from jrlhf.models.config import ModelConfig
-from jrlhf.models.transformer import Model, fold_normalization
+from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.lora import merged, split
+from jrlhf.models.transformer import Model, fold_normalization, with_scalar_head
 from jrlhf.sharding import state_shardings
 from jrlhf.types import Params
 
@@ -71,6 +72,66 @@ def load_model(folder: Path, mesh: Mesh, head: Literal["lm", "scalar"] = "lm", *
     if "normalization" in meta:
         params = fold_normalization(params, meta["normalization"]["mean"], meta["normalization"]["std"])
     return Loaded(model, params, tokenizer, meta)
+
+
+class Beginning(NamedTuple):
+    """What a fine-tuning stage starts from."""
+
+    model: Model
+    trained: Params  # all parameters, or an adapter
+    frozen: Params | None  # the base beside an adapter: the loaded arrays themselves
+
+
+def begin(loaded: Loaded, head: Literal["lm", "scalar"], lora: LoRAConfig, key: jax.Array) -> Beginning:
+    """The model to train: the loaded one, with a fresh scalar head if asked, or a fresh adapter beside it."""
+    config = loaded.model.config
+    if lora.rank:
+        model = Model(replace(config, lora=lora), head)
+        return Beginning(model, model.fresh_adapter(key), _without_lm_head(loaded.params, head))
+    params = loaded.params if head == "lm" else with_scalar_head(loaded.params, key)
+    return Beginning(Model(config, head), params, None)
+
+
+def save_trained(
+    folder: Path, beginning: Beginning, trained: Params, tokenizer: Tokenizer, base: Path, **meta: Any
+) -> Params:
+    """`save_model` of what was trained from `beginning`, merged where it is an adapter, which is then kept beside it
+    in `<folder>/adapter`. base: the folder of the stage that was started from. Returns the whole parameters."""
+    model = beginning.model
+    if model.config.lora.rank:
+        noted = {"lora": to_dict(model.config.lora), "base": base.name, "head": model.head}
+        save_params(folder / "adapter", trained, noted)
+        whole = model.whole(trained, beginning.frozen)
+        trained = jax.jit(partial(merged, model.config))(whole)
+    save_model(folder, model.base, trained, tokenizer, **meta)
+    return trained
+
+
+def load_adapter(folder: Path, base: Path, config: ModelConfig, mesh: Mesh) -> tuple[Model, Params] | None:
+    """(model with adapters, adapter) of a stage that trained one beside the model of the stage `base`; None of any
+    other. A reward model's normalisation is folded into its head."""
+    if not (folder / "adapter" / "model.json").is_file():
+        return None
+    noted = load_meta(folder / "adapter")
+    if noted["base"] != base.name:
+        return None
+    lora = from_dict(LoRAConfig, noted["lora"], f"{folder}/adapter")
+    model = Model(replace(config, lora=lora), noted["head"])
+    abstract, axes = shapes_and_axes(model)
+    _, adapter = split(abstract)
+    shardings = state_shardings(mesh, adapter, axes)
+    template = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), adapter, shardings
+    )
+    adapter, _ = load_params(folder / "adapter", template)
+    norm = load_meta(folder / "model").get("normalization")
+    if norm is not None:
+        adapter = fold_normalization(adapter, norm["mean"], norm["std"])
+    return model, adapter
+
+
+def _without_lm_head(params: Params, head: str) -> Params:
+    return params if head == "lm" else {k: v for k, v in params.items() if k != "lm_head"}
 
 
 @cache

@@ -4,14 +4,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jrlhf.algorithms.dpo import PairBatch
 from jrlhf.config import Source, UserError
 from jrlhf.data.batching import (
     Batches,
@@ -34,7 +33,7 @@ from jrlhf.data.report import Report
 from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.sharding import fetch, put_batch, take_batch
-from jrlhf.types import PreferenceBatch, SequenceBatch
+from jrlhf.types import PairBatch, PreferenceBatch, SequenceBatch
 
 
 def load_rows(source: Source, kind: str, console: Console) -> list[dict]:
@@ -171,6 +170,8 @@ class BatchFeed:
 @dataclass(frozen=True)
 class Later(DataSource):
     """A source without its first rows (which something else uses)."""
+
+    abstract: ClassVar[bool] = True
 
     source: Source
     skip: int

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jrlhf.config import Labeler, UserError
+from jrlhf.data.chat import prompt_text
 from jrlhf.lab import rank_by_utility
 from jrlhf.training.rewards import program_reward
 from jrlhf.types import PreferenceRow
@@ -34,7 +35,9 @@ class RewardLabeler(Labeler):
         k = len(responses[0])
         flat = [dict(row, ended=end) for row in rows for end in row.get("ended", [True] * k)]
         scores = reward(
-            [row["prompt"] for row in flat], [text for group in responses for text in group], flat
+            [prompt_text(row["prompt"]) for row in flat],
+            [text for group in responses for text in group],
+            flat,
         )
         out: list[PreferenceRow] = []
         for row, group, values in zip(rows, responses, np.asarray(scores).reshape(-1, k), strict=True):

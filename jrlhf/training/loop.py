@@ -67,19 +67,23 @@ def stage_key(ctx: StageContext) -> jax.Array:
 
 def sharded_state(
     mesh: Mesh, axes: dict, init: Callable[..., TrainState], *args: Any
-) -> tuple[Any, Callable]:
-    """(template, make): the state's shapes with shardings, and a function that computes it in place.
+) -> tuple[Any, Callable, Any]:
+    """(template, make, frozen): the state's shapes with shardings, a function that computes it in place, and the
+    parameters that are never trained (`ref_params`), which the loop keeps beside the state.
 
-    `args` (parameters to start from, keys) are passed to the jitted `init`. Its results are copies: a train step
-    donates its state, and the parameters it started from may be in use as the reference.
+    `args` (parameters to start from, keys) are passed to the jitted `init`. The state's arrays are copies: a train step
+    donates its state, and the parameters it started from may be in use as the reference. The frozen ones are `args`'
+    own arrays: not copied, not donated, not saved with each checkpoint.
     """
-    abstract = jax.eval_shape(init, *args)
+    frozen = jax.jit(lambda *args: init(*args).ref_params)(*args)
+    trained = lambda *args: init(*args)._replace(ref_params=None)  # noqa: E731
+    abstract = jax.eval_shape(trained, *args)
     shardings = state_shardings(mesh, abstract, axes)
     template = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, shardings
     )
-    copied = lambda *args: jax.tree.map(_copy, init(*args))  # noqa: E731
-    return template, lambda: jax.jit(copied, out_shardings=shardings)(*args)
+    copied = lambda *args: jax.tree.map(_copy, trained(*args))  # noqa: E731
+    return template, lambda: jax.jit(copied, out_shardings=shardings)(*args), frozen
 
 
 def _copy(x: jax.Array) -> jax.Array:
@@ -95,12 +99,18 @@ def is_finite(metrics: dict) -> jax.Array:
 
 
 def guarded(train_step: Callable, config: LoopConfig) -> Callable:
-    """The step itself, or with `on_nonfinite="skip"` one that keeps the old parameters when its loss is not finite."""
-    if config.on_nonfinite == "stop":
-        return train_step
+    """(state, frozen, batch) -> (state, metrics): the step with the frozen parameters beside the state; with
+    `on_nonfinite="skip"` the old parameters are kept when its loss is not finite."""
 
-    def step(state: TrainState, batch):
-        new, metrics = train_step(state, batch)
+    def plain(state: TrainState, frozen: Any, batch):
+        new, metrics = train_step(state._replace(ref_params=frozen), batch)
+        return new._replace(ref_params=None), metrics
+
+    if config.on_nonfinite == "stop":
+        return plain
+
+    def step(state: TrainState, frozen: Any, batch):
+        new, metrics = plain(state, frozen, batch)
         ok = is_finite(metrics)
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
         kept = new._replace(

@@ -31,7 +31,7 @@ def train_offline(
     the data, are a pure function of (seed, step); a stream's position is saved with each checkpoint.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
-    template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
+    template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     feed: BatchFeed | StreamFeed
     where: dict[str, Callable] = {}
@@ -43,7 +43,7 @@ def train_offline(
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         batch = feed(n)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, frozen, batch)
         return state, metrics, batch
 
     try:

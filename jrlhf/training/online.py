@@ -42,7 +42,7 @@ def train_online(
     each iteration takes one row per prompt. Everything drawn depends on (key, step) alone.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
-    template, make_state = sharded_state(mesh, axes, algorithm.init, *start)
+    template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
     if algorithm.make_batch is None:
         raise ValueError("this algorithm learns from a dataset: it has no make_batch")
     make_batch = jax.jit(algorithm.make_batch)
@@ -55,9 +55,8 @@ def train_online(
         index = batches.indices(n)
         # 1. Prompts and one response to each, by the current policy.
         prompts = sampler.put_prompts([ids[i] for i in index])
-        samples = rollout(
-            sampler.model, state.params["policy"], prompts, jax.random.fold_in(key, n), sampler.sampling
-        )
+        policy = sampler.model.whole(state.params["policy"], frozen)
+        samples = rollout(sampler.model, policy, prompts, jax.random.fold_in(key, n), sampler.sampling)
         finish()  # dispatched, the rollout follows the update of the step before; from here on the time is its own
         began = time.perf_counter()
         # 2. Rewards: a program reads the text on the host, a reward model stays on the devices.
@@ -67,8 +66,8 @@ def train_online(
         extra = watched(samples, texts, scores, watch)
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         text = (text_feed(n),) if text_feed is not None else ()
-        batch = make_batch(state, samples, scores, *text)
-        state, metrics = step(state, batch)
+        batch = make_batch(state._replace(ref_params=frozen), samples, scores, *text)
+        state, metrics = step(state, frozen, batch)
         if texts is not None:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
             extra["perf/tokens_per_s_rollout"] = sum(map(len, texts.ids)) / (rolled - began)

@@ -16,7 +16,7 @@ from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.sharding import fetch
-from jrlhf.training.artifacts import load_model
+from jrlhf.training.artifacts import Loaded, load_adapter, load_model, model_meta
 from jrlhf.types import RewardFn, Rollout
 
 # Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
@@ -50,16 +50,28 @@ def program_reward(name: str) -> RewardFn:
     return REWARDS[name]
 
 
-def make_reward(name: str, parents: dict[str, Path], mesh: Mesh, tokenizer: Tokenizer) -> Reward:
+def make_reward(
+    name: str,
+    parents: dict[str, Path],
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    base: tuple[Path, Loaded] | None = None,
+) -> Reward:
     """`name` is one of `parents` (a reward-model stage) or one of `REWARDS`.
+
+    base: a stage's folder and model; a reward model that is an adapter beside it uses its arrays, instead of its own.
 
     Program rewards must return one finite number per response: anything else is an error, never a zero.
     """
     if name in parents:
-        loaded = load_model(parents[name], mesh, "scalar")
-        if loaded.tokenizer.fingerprint() != tokenizer.fingerprint():
+        if model_meta(parents[name], "scalar")["tokenizer"] != tokenizer.fingerprint():
             raise UserError(f"reward {name!r} was trained with another tokenizer than the policy")
-        model, params = loaded.model, loaded.params
+        adapted = load_adapter(parents[name], base[0], base[1].model.config, mesh) if base else None
+        if base and adapted:
+            model, params = adapted[0], adapted[0].whole(adapted[1], base[1].params)
+        else:
+            loaded = load_model(parents[name], mesh, "scalar")
+            model, params = loaded.model, loaded.params
         scores = lambda rollout, texts: jitted_scores(model, params, rollout.tokens, rollout.mask)  # noqa: E731
         return Reward(name, False, scores)
 

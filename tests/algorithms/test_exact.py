@@ -72,6 +72,13 @@ def test_ppo_reaches_the_optimum_and_without_kl_it_does_not():
 class TabularModel:
     """What DPO asks of a model."""
 
+    @property
+    def base(self):
+        return self
+
+    def whole(self, trained, frozen):
+        return trained
+
     def logprobs(self, params, tokens, mask):
         logprobs = exact.logprobs(params, tokens[:, 1:], mask[:, 1:])
         return logprobs, jnp.zeros_like(logprobs)

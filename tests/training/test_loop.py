@@ -119,13 +119,12 @@ def test_a_skipped_step_leaves_parameters_and_optimiser_as_they_were():
 
     state = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, jnp.float32(0.0), None, jax.random.key(0))
     stop = LoopConfig(steps=1)
-    assert guarded(step, stop) is step
     safe = guarded(step, replace(stop, on_nonfinite="skip"))
-    state, metrics = safe(state, jnp.float32(0.25))
+    state, metrics = safe(state, None, jnp.float32(0.25))
     assert metrics["train/skipped"] == 0  # an infinite ratio is no loss
     assert_close(state.params, {"w": jnp.full(3, 0.75)})
     for bad in (jnp.nan, jnp.inf):
-        after, metrics = safe(state, jnp.float32(bad))
+        after, metrics = safe(state, None, jnp.float32(bad))
         assert metrics["train/skipped"] == 1
         assert_close(after.params, state.params, atol=0)
         assert after.opt_state == state.opt_state == 1

@@ -9,7 +9,13 @@ are in `jrlhf/algorithms`, one file each.
 from jrlhf.training.stages.best_of_n import BestOfN
 from jrlhf.training.stages.dpo import DPO
 from jrlhf.training.stages.evaluate import Evaluate
-from jrlhf.training.stages.language_model import SFT, Checkpoint, Pretrain, TokenizerConfig
+from jrlhf.training.stages.language_model import (
+    SFT,
+    Checkpoint,
+    Pretrain,
+    RewardCheckpoint,
+    TokenizerConfig,
+)
 from jrlhf.training.stages.ppo import PPO
 from jrlhf.training.stages.preferences import Preferences
 from jrlhf.training.stages.reward_model import RewardModel
@@ -23,6 +29,7 @@ __all__ = [
     "Evaluate",
     "Preferences",
     "Pretrain",
+    "RewardCheckpoint",
     "RewardModel",
     "TokenizerConfig",
 ]

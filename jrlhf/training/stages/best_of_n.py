@@ -18,6 +18,7 @@ from jrlhf.config import (
     stage_ref,
     stage_ref_or_name,
 )
+from jrlhf.data.chat import prompt_text
 from jrlhf.metrics import progress
 from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
 from jrlhf.rollout.sampling import SamplingConfig
@@ -92,7 +93,7 @@ class BestOfN(MeshStage):
         proxy = values["proxy"]
         curves = {name: {str(m): best_of_n(proxy, v, m).tolist() for m in ns} for name, v in values.items()}
         table = {
-            "prompts": [row["prompt"] for row in rows],
+            "prompts": [prompt_text(row["prompt"]) for row in rows],
             "n": ns,
             "kl": [best_of_n_kl(m) for m in ns],
             "per_prompt": curves,

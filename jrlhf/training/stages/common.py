@@ -1,7 +1,7 @@
 """What the stages share: their bases, checks at config time, prompts that fit, small files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from jrlhf.config import (
     did_you_mean,
     stage_ref,
 )
-from jrlhf.models.config import ModelConfig
+from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import check_batch, leads, make_mesh
@@ -74,6 +74,12 @@ class FineTuningStage(TrainingStage):
     abstract: ClassVar[bool] = True
 
     start: str = stage_ref(artifact=LANGUAGE_MODEL)
+    lora: LoRAConfig = field(default=LoRAConfig(), kw_only=True)  # rank 0 trains all parameters
+
+    def check_adapters(self, stages: Mapping[str, Stage]) -> None:
+        """At config time, that the model has the layers that `lora` names."""
+        if self.lora.rank and not self.needs_download(stages):
+            replace(start_config(stages, self.start), lora=self.lora)
 
     def model_config(self, stages: Mapping[str, Stage]) -> ModelConfig:
         return start_config(stages, self.start)

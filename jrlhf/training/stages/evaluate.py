@@ -18,6 +18,7 @@ from jrlhf.config import (
     stage_ref,
     stage_ref_or_name,
 )
+from jrlhf.data.chat import prompt_text
 from jrlhf.lab import CRITERIA, MAXIMA
 from jrlhf.metrics import progress
 from jrlhf.ops.best_of_n import best_of_n_kl
@@ -130,9 +131,11 @@ class Evaluate(MeshStage):
                         done += len(texts.completions)
                         bar.update(done)
         main = next(iter(splits))
-        prompts = [row["prompt"] for row in splits[main][0]]
+        shown = {name: [prompt_text(row["prompt"]) for row in rows] for name, (rows, _) in splits.items()}
+        prompts = shown[main]
         evaluation = {
             "reward_name": self.gold,
+            "prompts": shown,
             "gold_max": float(np.mean(MAXIMA[self.gold](prompts))) if self.gold in MAXIMA else None,
             "policies": measured,
             "criteria": criteria,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.algorithms.sft import SFTConfig, make_sft
-from jrlhf.config import Source, StageContext, UserError
+from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError
+from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from jrlhf.models.config import ModelConfig
+from jrlhf.models.families import Head
 from jrlhf.models.hf import config_from_hf, load_hf, resolve_checkpoint
+from jrlhf.models.lora import join, merged
+from jrlhf.models.peft import load_peft
 from jrlhf.models.transformer import Model
+from jrlhf.models.vocabulary import grow_vocabulary
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.sharding import make_mesh, state_shardings
-from jrlhf.training.artifacts import check_vocabulary, load_model, save_model
+from jrlhf.training.artifacts import (
+    Beginning,
+    begin,
+    check_vocabulary,
+    load_model,
+    save_model,
+    save_trained,
+)
 from jrlhf.training.data import (
     Later,
     StreamFeed,
@@ -79,6 +91,7 @@ class Pretrain(TrainingStage):
     algorithm: SFTConfig = SFTConfig()
     length: int = 0  # tokens of a packed row; 0: the model's context
     eval_rows: int = 64  # packed rows kept for the held-out loss
+    chat: ChatConfig | None = None  # a chat template for the tokenizer
 
     def validate(self, stages):
         if self.length > self.model.context:
@@ -89,7 +102,8 @@ class Pretrain(TrainingStage):
         check_microbatches(self)
 
     def files(self):
-        return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ())
+        chat = self.chat.files() if self.chat else ()
+        return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ()) + chat
 
     def model_config(self, stages) -> ModelConfig:
         return replace(self.model, vocab_size=self.model.vocab_size or self.tokenizer.vocab_size)
@@ -107,7 +121,7 @@ class Pretrain(TrainingStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
-            tokenizer = self._tokenizer(ctx)
+            tokenizer = with_chat(self._tokenizer(ctx), self.chat)
             model = Model(check_vocabulary(self.model, tokenizer, "model"))
             length = self.length or model.config.context
             if streams(self.data):
@@ -118,7 +132,7 @@ class Pretrain(TrainingStage):
                 kept, held = hold_out(arrays, self.eval_rows)
             shardings = state_shardings(mesh, jax.eval_shape(model.init, key), model.logical_axes())
             params = jax.jit(model.init, out_shardings=shardings)(jax.random.fold_in(key, 1))
-            params = train_language_model(self, ctx, mesh, model, params, key, kept, held)
+            params = train_language_model(self, ctx, mesh, Beginning(model, params, None), key, kept, held)
             save_model(ctx.folder, model, params, tokenizer)
             return {"eval_loss": final_loss(model, params, held, mesh), "parameters": model.config.n_params}
 
@@ -138,12 +152,22 @@ class Checkpoint(ModelStage):
 
     path: str
     tokenizer: str = ""  # "": the checkpoint's own
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: str = ""  # a PEFT folder, merged into the checkpoint
+    chat: ChatConfig | None = None  # None: the checkpoint's own template, if it has one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
+    param_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # bfloat16: half the memory; for a base beside adapters
+    )
     remat: Literal["none", "full", "dots"] = "none"
     logits_chunk: int = 0
+    vocab_multiple: int = 1  # pad the embedding's rows, so that they divide over the mesh
+    grow_vocabulary: bool = False  # new rows where the tokenizer has more ids; otherwise that is an error
+
+    head: ClassVar[Head] = "lm"
 
     def files(self):
-        return tuple(p for p in (self.path, self.tokenizer) if p and Path(p).exists())
+        named = tuple(p for p in (self.path, self.tokenizer, self.adapter) if p and Path(p).exists())
+        return named + (self.chat.files() if self.chat else ())
 
     def validate(self, stages):
         if not self.needs_download(stages):
@@ -155,25 +179,48 @@ class Checkpoint(ModelStage):
         return not path.exists() and len(path.parts) == 2 and not path.parent.is_dir()
 
     def model_config(self, stages) -> ModelConfig:
-        config = config_from_hf(resolve_checkpoint(self.path), dtype=self.dtype)
-        return replace(config, remat=self.remat, logits_chunk=self.logits_chunk)
+        return config_from_hf(resolve_checkpoint(self.path), **self._ours())
+
+    def _ours(self) -> dict[str, Any]:
+        names = ("dtype", "param_dtype", "remat", "logits_chunk", "vocab_multiple")
+        return {name: getattr(self, name) for name in names}
 
     def plan(self, ctx):
         config = self.model_config(ctx.stages)
-        return Plan(model_params=config.n_params, memory_bytes=4 * config.n_params)
+        size = jnp.dtype(config.param_dtype).itemsize
+        return Plan(model_params=config.n_params, memory_bytes=size * config.n_params)
 
     def run(self, ctx: StageContext) -> dict:
         folder = resolve_checkpoint(self.path)
-        tokenizer = load_tokenizer(self.tokenizer or folder)
+        tokenizer = with_chat(load_tokenizer(self.tokenizer or folder), self.chat)
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
-            model = Model(check_vocabulary(self.model_config({}), tokenizer, "model"))
-            shardings = state_shardings(
-                mesh, jax.eval_shape(model.init, jax.random.key(0)), model.logical_axes()
+            config = self.model_config({})
+            if not self.grow_vocabulary:
+                check_vocabulary(config, tokenizer, "model")
+            placed = lambda m: state_shardings(  # noqa: E731
+                mesh, jax.eval_shape(m.init, jax.random.key(0)), m.logical_axes()
             )
-            _, params = load_hf(folder, dtype=self.dtype, shardings=shardings)
+            model, params = load_hf(folder, head=self.head, shardings=placed, **self._ours())
+            if self.adapter:
+                adapted, adapter = load_peft(resolve_checkpoint(self.adapter), model)
+                params = jax.jit(partial(merged, adapted.config), out_shardings=placed(model))(
+                    join(params, adapter)
+                )
+            if config.vocab_size < tokenizer.vocab_size:
+                config, params = grow_vocabulary(config, params, tokenizer.vocab_size)
+                model = Model(config, self.head)
+                params = jax.device_put(params, placed(model))
             save_model(ctx.folder, model, params, tokenizer)
         return {"parameters": model.config.n_params}
+
+
+@dataclass(frozen=True)
+class RewardCheckpoint(Checkpoint):
+    """A Hugging Face sequence classifier of one label as a reward model. Its scores are taken as they are."""
+
+    artifact: ClassVar[str] = REWARD_MODEL
+    head: ClassVar[Head] = "scalar"
 
 
 @dataclass(frozen=True)
@@ -186,10 +233,15 @@ class SFT(FineTuningStage):
     length: int = 0  # tokens of a packed row; 0: the model's context
     too_long: TooLong = "error"
     eval_rows: int = 32
+    chat: ChatConfig | None = None  # None: the start's own template, if it has one
+
+    def files(self):
+        return super().files() + (self.chat.files() if self.chat else ())
 
     def validate(self, stages):
         check_microbatches(self)
         check_stream(self)
+        self.check_adapters(stages)
 
     def plan(self, ctx):
         config = start_config(ctx.stages, self.start)
@@ -204,33 +256,42 @@ class SFT(FineTuningStage):
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
+            key = stage_key(ctx)
             loaded = load_model(ctx.parents[self.start], mesh)
-            model, length = loaded.model, self.length or loaded.model.config.context
+            beginning = begin(loaded, "lm", self.lora, jax.random.fold_in(key, 1))
+            model, length = beginning.model, self.length or loaded.model.config.context
             check_length(length, model, "length")
+            tokenizer = with_chat(loaded.tokenizer, self.chat)
             if streams(self.data):
                 kept: SequenceBatch | StreamFeed
-                kept, held = streamed(self, encode_cut_demonstration, loaded.tokenizer, length, ctx, mesh)
+                kept, held = streamed(self, encode_cut_demonstration, tokenizer, length, ctx, mesh)
             else:
                 arrays = demonstration_batch(
-                    self.data, loaded.tokenizer, length, self.too_long, labelled(ctx.console, "data")
+                    self.data, tokenizer, length, self.too_long, labelled(ctx.console, "data")
                 )
                 kept, held = hold_out(arrays, self.eval_rows)
-            params = train_language_model(self, ctx, mesh, model, loaded.params, stage_key(ctx), kept, held)
-            save_model(ctx.folder, model, params, loaded.tokenizer)
-            return {"eval_loss": final_loss(model, params, held, mesh)}
+            trained = train_language_model(self, ctx, mesh, beginning, key, kept, held)
+            params = save_trained(ctx.folder, beginning, trained, tokenizer, ctx.parents[self.start])
+            return {"eval_loss": final_loss(model.base, params, held, mesh)}
 
 
 def train_language_model(
-    stage, ctx, mesh, model, params, key, kept: SequenceBatch | StreamFeed, held: SequenceBatch
+    stage, ctx, mesh, beginning: Beginning, key, kept: SequenceBatch | StreamFeed, held: SequenceBatch
 ):
-    """What Pretrain and SFT share: next-token training and the held-out loss."""
+    """What Pretrain and SFT share: next-token training and the held-out loss. Returns what was trained."""
+    model, start, frozen = beginning
     steps = stage.loop.steps if isinstance(kept, StreamFeed) else stage.loop.total_steps(rows_of(kept))
     algorithm = make_sft(stage.algorithm, model, build_optimizer(stage.optim, steps))
-    evaluate = lambda state, step: {"eval/loss": final_loss(model, state.params["policy"], held, mesh)}  # noqa: E731
+    whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
+    evaluate = lambda state, step: {"eval/loss": final_loss(model, whole(state), held, mesh)}  # noqa: E731
     state = train_offline(
-        ctx, mesh, stage.loop, steps, algorithm, (params, key), model.logical_axes(), kept, evaluate
+        ctx, mesh, stage.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), kept, evaluate
     )
     return state.params["policy"]
+
+
+def with_chat(tokenizer: Tokenizer, chat: ChatConfig | None) -> Tokenizer:
+    return tokenizer if chat is None else tokenizer.with_chat(chat)
 
 
 def streams(source: Source) -> bool:

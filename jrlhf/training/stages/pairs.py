@@ -15,7 +15,7 @@ from jrlhf.ops.pairs import PairConfig, pair_logprobs
 from jrlhf.optim import OptimConfig, Optimizer, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import load_model, save_model
+from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import in_chunks, pair_arrays, preference_arrays, rows_of, split_by_prompt
 from jrlhf.training.evaluation import Probe, Sampler, chunk_rows, criteria_accuracy, prompt_slots
 from jrlhf.training.loop import stage_key
@@ -61,6 +61,7 @@ class PairStage(FineTuningStage):
     def validate(self, stages):
         check_one_of(self)
         check_microbatches(self)
+        self.check_adapters(stages)
         if self.gold:
             program_reward(self.gold)
             if self.eval_prompts is None:
@@ -83,6 +84,9 @@ class PairStage(FineTuningStage):
             key = stage_key(ctx)
             policy = load_model(ctx.parents[self.start], mesh)
             model, tokenizer = policy.model, policy.tokenizer
+            beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 1))
+            trained = beginning.model
+            whole = lambda state: trained.whole(state.params["policy"], beginning.frozen)  # noqa: E731
             train_rows, held_rows = split_by_prompt(preference_rows(self, ctx), self.eval_fraction)
             ranked, answers = (
                 preference_arrays(r, tokenizer, self.max_length, self.too_long, ctx.console)
@@ -100,25 +104,26 @@ class PairStage(FineTuningStage):
                 rows, ids = usable_prompts(
                     policy, self.eval_prompts, limit, self.sampling, self.too_long, ctx, "eval_prompts"
                 )
-                sampler = Sampler(model, tokenizer, mesh, self.sampling, prompt_slots(ids))
+                sampler = Sampler(trained, tokenizer, mesh, self.sampling, prompt_slots(ids))
                 rewards = [make_reward(self.gold, {}, mesh, tokenizer)] if self.gold else []
                 probe = Probe(
                     ctx.folder, sampler, rows, ids, policy.params, rewards, jax.random.fold_in(key, 2)
                 )
 
             def evaluate(state, step):
-                params = state.params["policy"]
-                metrics = implicit_accuracy(model, params, held, mesh)
+                params = whole(state)
+                metrics = implicit_accuracy(trained, params, held, mesh)
                 return metrics | (probe(params, step) if probe else {})
 
             steps = self.loop.total_steps(rows_of(pairs))
-            algorithm = self.make_algorithm(model, build_optimizer(self.optim, steps))
+            algorithm = self.make_algorithm(trained, build_optimizer(self.optim, steps))
             state = train_offline(
-                ctx, mesh, self.loop, steps, algorithm, (policy.params, policy.params, key), model.logical_axes(),
-                pairs, evaluate, ("pref/loss", "pref/acc"),
+                ctx, mesh, self.loop, steps, algorithm, (beginning.trained, policy.params, key),
+                trained.logical_axes(), pairs, evaluate, ("pref/loss", "pref/acc"),
             )  # fmt: skip
-            save_model(ctx.folder, model, state.params["policy"], tokenizer)
-            params = state.params["policy"]
+            params = save_trained(
+                ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start]
+            )
             accuracy = implicit_accuracy(model, params, held, mesh)
             by_criterion = {}
             if rows_of(answers) == len(held_rows):

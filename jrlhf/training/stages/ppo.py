@@ -19,7 +19,7 @@ from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import Loaded, load_model, save_model
+from jrlhf.training.artifacts import Loaded, begin, load_adapter, load_model, save_trained
 from jrlhf.training.data import (
     text_batch,
 )
@@ -66,6 +66,16 @@ class PPO(FineTuningStage):
                 "sampling: PPO trains the distribution that is sampled, so top_k, top_p, min_p and temperature 0 are "
                 "not possible here; use temperature"
             )
+        self.check_adapters(stages)
+        if self.lora.rank and self.ptx:
+            raise UserError("ptx: the pretraining mix is not possible with adapters (lora)")
+        reward = stages.get(self.reward)
+        apart = isinstance(reward, FineTuningStage) and (not reward.lora.rank or reward.start != self.start)
+        if self.lora.rank and self.critic == "reward" and apart:
+            raise UserError(
+                f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: give "
+                f"{self.reward!r} `lora` and start {self.start!r}, or set critic to 'policy'"
+            )
         if self.critic == "reward" and self.reward not in stages:
             raise UserError(
                 f"critic 'reward' needs a reward-model stage; {self.reward!r} is a program: use 'policy'"
@@ -98,12 +108,15 @@ class PPO(FineTuningStage):
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
             policy = load_model(ctx.parents[self.start], mesh)
-            model, tokenizer = policy.model, policy.tokenizer
+            beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 4))
+            model, tokenizer = beginning.model, policy.tokenizer
             limit = self.max_prompt or model.config.context - self.sampling.max_new_tokens
             rows, ids = usable_prompts(
                 policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
             )
-            reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
+            # With adapters, a reward model that was trained as one beside the same base shares that base.
+            shared = (ctx.parents[self.start], policy) if self.lora.rank else None
+            reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer, shared)
             watch = (
                 [make_reward(self.gold, {}, mesh, tokenizer)]
                 if self.gold and self.gold != self.reward
@@ -141,24 +154,35 @@ class PPO(FineTuningStage):
                     [reward, *watch],
                     jax.random.fold_in(key, 2),
                 )
-                evaluate = lambda state, step: probe(state.params["policy"], step)  # noqa: E731
+                whole = lambda state: model.whole(state.params["policy"], beginning.frozen)  # noqa: E731
+                evaluate = lambda state, step: probe(whole(state), step)  # noqa: E731
             text = None
             if self.ptx:
                 length = slots + self.sampling.max_new_tokens
                 text = text_batch(self.ptx, tokenizer, length, labelled(ctx.console, "ptx"))
             axes = model.logical_axes() | Model(model.config, "scalar").logical_axes()
             state = train_online(
-                ctx, mesh, self.loop, algorithm, (policy.params, critic_params, policy.params, key), axes, sampler,
+                ctx, mesh, self.loop, algorithm, (beginning.trained, critic_params, policy.params, key), axes, sampler,
                 rows, ids, reward, watch, jax.random.fold_in(key, 3), text, evaluate,
                 ("reward/score/mean", *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
             )  # fmt: skip
-            save_model(ctx.folder, model, state.params["policy"], tokenizer)
+            save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
         return {"kl_coef": float(state.extra["kl_coef"])}
 
     def _critic(self, ctx: StageContext, mesh: Mesh, policy: Loaded, key) -> tuple[Model | None, Any]:
         if self.critic == "shared":
             return None, {"score": with_scalar_head(policy.params, key)["score"]}
         if self.critic == "policy":
-            return Model(policy.model.config, "scalar"), with_scalar_head(policy.params, key)
-        loaded = load_model(ctx.parents[self.reward], mesh, "scalar")
-        return loaded.model, loaded.params
+            beginning = begin(policy, "scalar", self.lora, key)
+            return beginning.model, beginning.trained
+        folder = ctx.parents[self.reward]
+        if not self.lora.rank:
+            loaded = load_model(folder, mesh, "scalar")
+            return loaded.model, loaded.params
+        adapted = load_adapter(folder, ctx.parents[self.start], policy.model.config, mesh)
+        if adapted is None:
+            raise UserError(
+                f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: train "
+                f"{self.reward!r} with `lora` from {self.start!r}, or set critic to 'policy'"
+            )
+        return adapted

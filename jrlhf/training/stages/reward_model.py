@@ -21,12 +21,12 @@ from jrlhf.config import (
     UserError,
     stage_ref,
 )
-from jrlhf.models.transformer import Model, with_scalar_head
+from jrlhf.models.transformer import Model
 from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.ops.intervals import wilson_interval
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import load_model, save_model
+from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import (
     in_chunks,
     load_rows,
@@ -69,6 +69,7 @@ class RewardModel(FineTuningStage):
     def validate(self, stages):
         check_one_of(self)
         check_microbatches(self)
+        self.check_adapters(stages)
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
 
@@ -92,22 +93,27 @@ class RewardModel(FineTuningStage):
             check_length(max(a.tokens.shape[2] for a in (arrays, held)), loaded.model, "max_length")
             check_ordered(held)
 
-            model = Model(loaded.model.config, "scalar")
-            params = with_scalar_head(loaded.params, jax.random.fold_in(key, 1))
+            beginning = begin(loaded, "scalar", self.lora, jax.random.fold_in(key, 1))
+            model, start, frozen = beginning
+            whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
             steps = self.loop.total_steps(rows_of(arrays))
             algorithm = make_reward_model(self.algorithm, model, build_optimizer(self.optim, steps))
-            evaluate = lambda state, step: reward_accuracy(model, state.params["policy"], held, mesh)  # noqa: E731
+            evaluate = lambda state, step: reward_accuracy(model, whole(state), held, mesh)  # noqa: E731
             state = train_offline(
-                ctx, mesh, self.loop, steps, algorithm, (params, key), model.logical_axes(), arrays, evaluate,
+                ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), arrays,
+                evaluate,
                 ("rm/loss", "rm/acc"),
             )  # fmt: skip
-            params = state.params["policy"]
+            params = whole(state)
             mean, std = reference_moments(model, params, arrays, mesh)
             accuracy = reward_accuracy(model, params, held, mesh)
             by_criterion = {}
             if rows_of(held) == len(held_rows):  # none was dropped for its length
                 by_criterion = criteria_accuracy(all_scores(model, params, held, mesh), held_rows)
-            save_model(ctx.folder, model, params, loaded.tokenizer, normalization={"mean": mean, "std": std})
+            save_trained(
+                ctx.folder, beginning, state.params["policy"], loaded.tokenizer, ctx.parents[self.start],
+                normalization={"mean": mean, "std": std},
+            )  # fmt: skip
         return {
             "held_out_accuracy": accuracy["eval/rm_acc/mean"],
             "held_out_accuracy_low": accuracy["eval/rm_acc/ci_low"],
