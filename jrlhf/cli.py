@@ -130,6 +130,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p = command("export", _export, "save a model as a Hugging Face checkpoint")
     p.add_argument("model", metavar="MODEL", help="RUN:STAGE[:SEED] or a stage folder")
     p.add_argument("folder", type=Path, help="folder to write")
+    p.add_argument(
+        "--adapter", action="store_true", help="only the adapter of a stage with `lora`, as PEFT files"
+    )
     return parser, made
 
 
@@ -305,6 +308,11 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
         raise UserError(f"--devices sets virtual CPU devices, but jax runs on {jax.default_backend()} here")
 
 
+def _set_up_serving(runs_dir: Path) -> None:
+    """Of a command that reads a model and leaves no folder of runs where there was none."""
+    _set_up_jax(None, runs_dir if runs_dir.is_dir() else None, distributed=False)
+
+
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
     """Within it, a first SIGTERM asks the running stage to save and stop; a second one kills."""
@@ -462,11 +470,10 @@ def _generate(options: argparse.Namespace) -> int:
         raise UserError(f"--n: must be at least 1, got {options.n}")
     sampling = _sampling(options)
     path = _model_folder(options.model, options.runs_dir)
-    _set_up_jax(None, options.runs_dir, distributed=False)
+    _set_up_serving(options.runs_dir)
     from jrlhf.training import serve
 
-    for prompt in options.prompt:
-        serve.generate(path, prompt, n=options.n, console=Console(), raw=options.raw, **sampling)
+    serve.generate(path, options.prompt, n=options.n, console=Console(), raw=options.raw, **sampling)
     return 0
 
 
@@ -475,7 +482,7 @@ def _chat(options: argparse.Namespace) -> int:
 
     sampling = _sampling(options)
     path = _model_folder(options.model, options.runs_dir)
-    _set_up_jax(None, options.runs_dir, distributed=False)
+    _set_up_serving(options.runs_dir)
     from jrlhf.training import serve
 
     serve.chat(path, console=Console(), raw=options.raw, system=options.system, **sampling)
@@ -486,10 +493,16 @@ def _export(options: argparse.Namespace) -> int:
     path = _model_folder(options.model, options.runs_dir)
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         raise UserError(f"{options.folder}: exists and is not empty; name a new folder")
-    _set_up_jax(None, options.runs_dir, distributed=False)
+    _set_up_serving(options.runs_dir)
     from jrlhf.training import serve
 
-    serve.export(path, options.folder)
+    if not options.adapter:
+        serve.export(path, options.folder)
+        return 0
+    base = serve.export_adapter(path, options.folder)
+    print(f"{options.folder}: adapter beside {base}")
+    if Path(base).parent.resolve() == path.parent.resolve():
+        print(f"which peft cannot load as it is: jrlhf export {base} BASE")
     return 0
 
 

@@ -29,6 +29,9 @@ class Name(NamedTuple):
 # Every metric there is, one name for one thing. `<…>` stands for one word, `*` for anything.
 NAMES: dict[str, Name] = {
     "train/loss": Name("", "the loss that is differentiated, mean over the global batch"),
+    "train/balance_loss": Name(
+        "", "load-balancing loss of a mixture of experts: experts per token at best, their number at worst"
+    ),
     "train/grad_norm": Name("", "global norm of the gradient before clipping"),
     "train/lr": Name("", "learning rate of this step"),
     "train/tokens": Name("tokens", "tokens of this step that carry loss"),

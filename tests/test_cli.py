@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -259,6 +261,10 @@ def test_a_mistake_is_one_message_and_exit_code_2(command, edit, message, file, 
     Path("broken.json").write_text('{"name": "x",\n "stages": ]}')
     Path("other.json").write_text("[]")
     Path("alien.json").write_text('{"name": "x", "stages": {"a": {"type": "CliTrian"}}}')
+    if "--devices" in command:
+        import jax
+
+        jax.devices()  # jax has started
     if edit:
         assert FILE.count(edit[0]) == 1
         Path("toy.py").write_text(FILE.replace(*edit))
@@ -386,8 +392,13 @@ def serve(monkeypatch):
     """Records the calls that the commands make."""
     calls = []
     module = types.ModuleType("jrlhf.training.serve")
-    for name in ("generate", "chat", "export"):
-        setattr(module, name, lambda *args, _name=name, **kwargs: calls.append((_name, args, kwargs)))
+
+    def record(*args, _name, **kwargs):
+        calls.append((_name, args, kwargs))
+        return "the/base"
+
+    for name in ("generate", "chat", "export", "export_adapter"):
+        setattr(module, name, partial(record, _name=name))
     import jrlhf.training
 
     monkeypatch.setitem(sys.modules, "jrlhf.training.serve", module)
@@ -406,13 +417,12 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert call("chat toy:ppo --seed 3")[0] == 0
     assert call("chat toy")[0] == 0
     assert call("export data.txt out")[0] == 0
+    assert call("export toy:ppo out --adapter")[:2] == (0, "out: adapter beside the/base\n")
     assert call("chat org/model")[0] == 0
-    (_, (path, a), sampling), (_, (_, b), _), (_, (chatted,), options), (_, (whole,), _), exported, hub = (
-        serve
-    )
+    (_, (path, asked), sampling), (_, (chatted,), options), (_, (whole,), _), exported, adapter, hub = serve
     assert path == Path("runs") / index["sft"]["1"]
     assert path.is_dir()
-    assert (a, b) == ("a", "b")
+    assert asked == ["a", "b"]
     assert {k: sampling[k] for k in ("n", "top_k", "temperature", "top_p", "max_new_tokens", "seed")} == {
         "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": None, "seed": 0,
     }  # fmt: skip
@@ -420,6 +430,7 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert options["seed"] == 3
     assert whole == run
     assert exported == ("export", (Path("data.txt"), Path("out")), {})
+    assert adapter == ("export_adapter", (chatted, Path("out")), {})
     assert hub[1] == (Path("org/model"),)
     for seed in ("0", "1"):
         (Path("runs") / index["base"][seed] / "model/model.json").unlink()
@@ -428,6 +439,36 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert told in call(f"export runs/{index['base']['0']} out")[2]
     assert "has no stage 'sfft'. Did you mean 'sft'?" in call("generate toy:sfft --prompt a")[2]
     assert "has no seed '9'. Known: 0, 1." in call("generate toy:sft:9 --prompt a")[2]
+
+
+def test_serving_a_checkpoint_leaves_nothing_behind(tmp_path):
+    """No folder of runs where there was none, and where there is one its cache of compiled programs is used."""
+    import jax
+
+    from jrlhf.data.tokenizer import train_sentencepiece
+    from jrlhf.models.config import ModelConfig
+    from jrlhf.models.hf import save_hf
+    from jrlhf.models.transformer import Model
+
+    tokenizer = train_sentencepiece(["Once upon a time"] * 9, 30, tmp_path / "t")
+    shape = {"d_model": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "d_ff": 8, "context": 16}
+    model = Model(ModelConfig(tokenizer.vocab_size, **shape))
+    save_hf(tmp_path / "hf", model, model.init(jax.random.key(0)), tmp_path / "t", eos_ids=tokenizer.eos_ids)
+    shutil.rmtree(tmp_path / "t")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "JRLHF_"))}
+    env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def generate():
+        words = [sys.executable, "-m", "jrlhf.cli", "generate", "hf", "--prompt", "Once"]
+        return subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+
+    done = generate()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    (tmp_path / "runs").mkdir()
+    assert generate().stdout == done.stdout
+    assert any((tmp_path / "runs" / ".jax_cache").iterdir())
 
 
 def test_compare_passes_the_runs(file, call, monkeypatch):

@@ -7,6 +7,15 @@ story ends (`jrlhf/rewards/stories.py`).
 Command    JRLHF_DATA=<folder with stories260K/ and tinystories/> jrlhf run experiments/stories/happy_endings.py
            or --stages.base.path <checkpoint folder> --stages.sft.data.path <stories file> ...
 Hardware   two CPU cores, 4 GiB of memory
+Measured   one seed, 128 held-out stories, 2 samples each. The reward model orders 72% [69%, 74%] of held-out pairs as
+           the noisy labels do. PPO finds that "They had a lot of fun." ends any story happily. The word that was asked for
+           stays unused: the SFT model hardly ever writes it, so that there is little to reinforce.
+
+           policy        gold                 KL     ended
+           SFT           0.11 [0.05, 0.18]    0      69%
+           PPO           0.92 [0.88, 0.98]    7.3    99%
+           DPO           0.71 [0.66, 0.78]    8.3    67%
+           best of 16    0.72 [0.65, 0.79]    1.8    92%
 """
 
 import os

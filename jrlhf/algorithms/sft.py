@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jrlhf.config import UserError
+from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.ops.losses import language_model_loss
 from jrlhf.ops.masking import masked_mean
@@ -45,9 +46,13 @@ def target_tokens(batch: SequenceBatch):
     return jnp.maximum(jnp.sum(batch.loss_mask[:, 1:], dtype=jnp.float32), 1.0)
 
 
-def make_sft(config: SFTConfig, model: Model, optimizer: Optimizer) -> Algorithm:
-    if config.balance_coef and not model.config.moe.experts:
+def check_balance(config: SFTConfig, model: ModelConfig) -> None:
+    if config.balance_coef and not model.moe.experts:
         raise UserError("algorithm.balance_coef is for a mixture of experts, and this model is dense")
+
+
+def make_sft(config: SFTConfig, model: Model, optimizer: Optimizer) -> Algorithm:
+    check_balance(config, model.config)
 
     def init(params, key, frozen=None) -> TrainState:
         """frozen: the base that adapters `params` are trained beside."""

@@ -407,6 +407,7 @@ def save_hf(
             if folder.exists():
                 os.rename(folder, temporary / "old")
             os.rename(new, folder)
+        _all_arrived("folder in place")
     finally:
         if leads():
             shutil.rmtree(temporary, ignore_errors=True)

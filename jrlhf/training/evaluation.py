@@ -118,7 +118,8 @@ class Probe:
     ):
         self._folder, self._sampler, self._rows, self._ids = folder, sampler, rows, ids
         self._ref_params, self._rewards, self._key = ref_params, rewards, key
-        self._scorer = Scorer(sampler.model, sampler.mesh, sampler.config.temperature)
+        # The reference has no adapters.
+        self._scorer = Scorer(sampler.model.base, sampler.mesh, sampler.config.temperature)
 
     def __call__(self, params: Params, step: int) -> dict[str, float]:
         """eval/<reward>/mean, eval/kl/mean (k1 to the reference), eval/length/mean, eval/ended/mean."""

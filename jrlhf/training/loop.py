@@ -75,7 +75,7 @@ def sharded_state(
     donates its state, and the parameters it started from may be in use as the reference. The frozen ones are `args`'
     own arrays: not copied, not donated, not saved with each checkpoint.
     """
-    frozen = jax.jit(lambda *args: init(*args).ref_params)(*args)
+    frozen = _given(lambda *args: init(*args).ref_params, *args)
     trained = lambda *args: init(*args)._replace(ref_params=None)  # noqa: E731
     abstract = jax.eval_shape(trained, *args)
     shardings = state_shardings(mesh, abstract, axes)
@@ -84,6 +84,16 @@ def sharded_state(
     )
     copied = lambda *args: jax.tree.map(_copy, trained(*args))  # noqa: E731
     return template, lambda: jax.jit(copied, out_shardings=shardings)(*args), frozen
+
+
+def _given(f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)` where it only hands on what it is given: the arguments' own arrays. A jitted function's results
+    would be copies."""
+    traced, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    own = dict(zip(traced.jaxpr.invars, jax.tree.leaves(args), strict=True))
+    if any(x not in own for x in traced.jaxpr.outvars):
+        raise ValueError("an algorithm's init computes its ref_params; they must be among its arguments")
+    return jax.tree.unflatten(jax.tree.structure(shapes), [own[x] for x in traced.jaxpr.outvars])
 
 
 def _copy(x: jax.Array) -> jax.Array:

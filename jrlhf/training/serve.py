@@ -1,6 +1,8 @@
 """Using a trained model: generate, chat, export."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +11,55 @@ from rich.console import Console
 from rich.text import Text
 
 from jrlhf.checkpoint import load_meta
-from jrlhf.config import MeshConfig, UserError
+from jrlhf.config import MeshConfig, UserError, from_dict, read_json
 from jrlhf.data.batching import encode_prompt
 from jrlhf.data.chat import Message
-from jrlhf.data.tokenizer import load_tokenizer
+from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
+from jrlhf.models.config import ModelConfig
 from jrlhf.models.hf import load_hf, resolve_checkpoint, save_hf
+from jrlhf.models.peft import save_peft
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import Loaded, has_model, load_model
+from jrlhf.training.artifacts import Loaded, has_model, load_adapter, load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots
 
 ONE_DEVICE = MeshConfig(data=1)
 
 
 def generate(
-    path: Path, prompt: str, *, n: int, console: Console, seed: int, raw: bool = False, **sampling: Any
-) -> dict[str, list[str]]:
-    """Print and return `n` answers to a prompt: of one model, or of every policy of a run folder.
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    console: Console,
+    seed: int,
+    raw: bool = False,
+    **sampling: Any,
+) -> dict[str, list[list[str]]]:
+    """Print and return `n` answers to each prompt: of one model, or of every policy of a run folder.
 
-    Where a model's tokenizer has a chat template the prompt is a user's message, unless it is `raw`.
+    What is printed says which policy, prompt and answer it is, where there are several. Where a model's tokenizer has
+    a chat template a prompt is a user's message, unless it is `raw`. Words that a tokenizer does not know are named
+    on stderr.
     """
     models = policies(path)
-    answers = {}
+    answers: dict[str, list[list[str]]] = {}
+    warned: set[str] = set()
     for name, folder in models.items():
         loaded = load_any(folder)
-        turn = [{"role": "user", "content": prompt}] if chats(loaded) and not raw else prompt
-        answers[name] = respond(loaded, turn, n, seed, **sampling)
         if len(models) > 1:
-            console.print(f"[bold]{name}[/]")
-        for answer in answers[name]:
-            console.print(Text(answer), soft_wrap=True)
+            console.print(Text(name, style="bold"), soft_wrap=True)
+        for prompt in prompts:
+            if warning := about_unknown_words(loaded.tokenizer, prompt, warned):
+                print(warning, file=sys.stderr)
+            turn = [{"role": "user", "content": prompt}] if chats(loaded) and not raw else prompt
+            given = respond(loaded, turn, n, seed, **sampling)
+            answers.setdefault(name, []).append(given)
+            if len(prompts) > 1:
+                console.print(Text(f"> {prompt}", style="dim"), soft_wrap=True)
+            for number, answer in enumerate(given, 1):
+                console.print(Text(f"{number}: {answer}" if n > 1 else answer), soft_wrap=True)
     return answers
 
 
@@ -62,14 +82,14 @@ def chat(
     converse: Conversation | Lines
     if chats(loaded) and not raw:
         converse = Conversation([{"role": "system", "content": system}] if system else [])
-        console.print(f"{name}: type a message; /new begins another conversation, /quit leaves")
+        hello = "type a message; /new begins another conversation, /quit leaves"
     elif system:
         raise UserError("--system: without a chat template there is no system message")
     else:
         converse = Lines()
-        console.print(
-            f"{name}: type a prompt; /dialogue keeps the conversation, /new forgets it, /quit leaves"
-        )
+        hello = "type a prompt; /dialogue keeps the conversation, /new forgets it, /quit leaves"
+    console.print(Text(f"{name}: {hello}"), soft_wrap=True)
+    warned: set[str] = set()
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
@@ -82,11 +102,14 @@ def chat(
             continue
         if not line:
             continue
+        if warning := about_unknown_words(loaded.tokenizer, line, warned):
+            console.print(Text(warning, style="yellow"), soft_wrap=True)
         seed += 1
         try:
             answer = respond(loaded, converse.prompt(line), 1, seed, **sampling)[0]
         except UserError as error:  # too long for the context: say so and go on
-            console.print(f"[red]{error}[/]")
+            forget = ". /new forgets what was said before" if converse.remembers else ""
+            console.print(Text(f"{error}{forget}", style="red"), soft_wrap=True)
             continue
         console.print(Text(answer))
         converse.keep(line, answer)
@@ -97,6 +120,10 @@ class Conversation:
 
     def __init__(self, beginning: list[Message]):
         self._beginning, self._messages = beginning, beginning
+
+    @property
+    def remembers(self) -> bool:
+        return len(self._messages) > len(self._beginning)
 
     def command(self, line: str) -> str | None:
         """What to tell the user where the line is a command, which is then done."""
@@ -118,6 +145,10 @@ class Lines:
     def __init__(self) -> None:
         self._dialogue, self._history = False, ""
 
+    @property
+    def remembers(self) -> bool:
+        return bool(self._history)
+
     def command(self, line: str) -> str | None:
         if line not in ("/dialogue", "/new"):
             return None
@@ -132,8 +163,29 @@ class Lines:
             self._history = f"{self.prompt(line)} {answer.strip()}"
 
 
+def about_unknown_words(tokenizer: Tokenizer, text: str, warned: set[str]) -> str:
+    """A warning that names the words of `text` that `tokenizer` does not know, "" where there is none.
+
+    Words that were `warned` of before are left out, and these are added to them.
+    """
+    stranger = "\ue000"  # of Unicode's private use: no text has it
+    unknown = tokenizer.encode(stranger)
+    if tokenizer.decode(unknown).strip() == stranger:
+        return ""  # it writes everything, by bytes
+    words = [
+        word
+        for word in dict.fromkeys(text.split())
+        if word not in warned and (ids := tokenizer.encode(word)) and {*ids} <= {*unknown}
+    ]
+    warned.update(words)
+    if not words:
+        return ""
+    verb = "is no word" if len(words) == 1 else "are no words"
+    return f"{', '.join(words)}: {verb} of this model's tokenizer, and will be read as unknown"
+
+
 def export(path: Path, out: Path) -> None:
-    """Write a stage's model as a Hugging Face checkpoint."""
+    """Write a stage's model as a Hugging Face checkpoint; of a stage with adapters, the merged one."""
     folder = only_model(path)
     head = load_meta(folder / "model")["head"]
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
@@ -148,6 +200,33 @@ def export(path: Path, out: Path) -> None:
         pad_id=t.pad_id,
         bos_id=t.bos_id,
     )
+
+
+def export_adapter(path: Path, out: Path) -> str:
+    """Write the adapter of a stage that was trained with `lora` in PEFT's format; returns the name of its base.
+
+    That is the checkpoint's path or hub name where the stage began with one as it is, else the folder of the stage
+    that it began with, which has to be exported as well.
+    """
+    folder = only_model(path)
+    if not (folder / "adapter" / "model.json").is_file():
+        raise UserError(
+            f"{path}: has no adapter, because it was not trained with `lora`. Without --adapter its model is exported"
+        )
+    base = Path(load_meta(folder / "adapter")["base"])
+    config = from_dict(ModelConfig, load_meta(folder / "model")["model"], f"{folder}/model")
+    found = load_adapter(folder, base, config, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    assert found is not None  # there is one, and the base is its own
+    name = base_checkpoint(folder.parent / base) or str(folder.parent / base)
+    save_peft(out, *found, name)
+    return name
+
+
+def base_checkpoint(folder: Path) -> str:
+    """The checkpoint (path or hub name) that a `Checkpoint` stage took over with its weights unchanged, else ""."""
+    stage = read_json(folder / "config.json")["stage"]
+    changed = stage.get("adapter") or stage.get("grow_vocabulary")
+    return stage["path"] if stage["type"] == "Checkpoint" and not changed else ""
 
 
 def policies(path: Path) -> dict[str, Path]:
@@ -202,9 +281,14 @@ def respond(
     if (max_new_tokens or 1) >= context:
         raise UserError(f"max_new_tokens {max_new_tokens} leaves no room in the context of {context}")
     row = prompt if isinstance(prompt, str) else {"prompt": prompt}
-    encoded = encode_prompt(row, loaded.tokenizer, context - (max_new_tokens or 1))
+    encoded = encode_prompt(row, loaded.tokenizer, sys.maxsize)
     if encoded is None or not len(encoded):
         raise UserError("the prompt is empty, and this tokenizer begins texts with nothing")
+    if len(encoded) + (max_new_tokens or 1) > context:
+        beside = f" beside an answer of {max_new_tokens}" if max_new_tokens else ""
+        raise UserError(
+            f"the prompt is too long: its {len(encoded)} tokens do not fit the model's context of {context}{beside}"
+        )
     ids = [encoded.tolist()] * n
     config = SamplingConfig(max_new_tokens or min(256, context - len(encoded)), **sampling)
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])

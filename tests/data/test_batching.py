@@ -244,6 +244,17 @@ def test_preference_batch_layout(tokenizer):
         assert not batch.response_mask[b, len(row["responses"]) :].any()
 
 
+def test_an_answer_that_was_cut_off_has_no_end(tokenizer):
+    """A reward model must see the difference, and DPO must not learn to stop where the length ran out."""
+    whole, cut = (
+        encode_preference({**PAIR, "ended": ended}, tokenizer, 20) for ended in ([True, True], [False, True])
+    )
+    assert whole.answers[0].ids[-1] == whole.answers[1].ids[-1] == tokenizer.eos_ids[0]
+    np.testing.assert_array_equal(cut.answers[0].ids, whole.answers[0].ids[:-1])
+    np.testing.assert_array_equal(cut.answers[0].loss_mask, whole.answers[0].loss_mask[:-1])
+    np.testing.assert_array_equal(cut.answers[1].ids, whole.answers[1].ids)
+
+
 def test_long_preferences_lose_the_same_prompt_beginning(tokenizer):
     report = Report()
     encode = partial(encode_preference, tokenizer=tokenizer, too_long="truncate_left", report=report)

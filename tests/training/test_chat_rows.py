@@ -24,7 +24,7 @@ QUIET = Console(quiet=True)
 
 
 @dataclass(frozen=True)
-class Rows(Source):
+class ChatRows(Source):
     """The rows that it was given."""
 
     given: tuple
@@ -44,7 +44,7 @@ def test_demonstrations_of_messages_are_packed_with_their_targets(tokenizer):
         {"prompt": TURNS[:3], "completion": TURNS[3:]},
         {"prompt": "a", "completion": "b"},
     )
-    batch = demonstration_batch(Rows(rows), tokenizer, 256, "error", QUIET)
+    batch = demonstration_batch(ChatRows(rows), tokenizer, 256, "error", QUIET)
     end = tokenizer.eos_ids[0]
     assert int(np.sum(batch.loss_mask & (batch.tokens == end))) == 2 + 1 + 1
     assert not np.any(batch.loss_mask & (batch.segment_ids == 0))
@@ -58,7 +58,7 @@ def test_turns_that_the_template_rewrites_become_examples(tmp_path):
     thoughts = [
         dict(m, content=f"<think>hm</think>{m['content']}") if n % 2 else m for n, m in enumerate(TURNS)
     ]
-    batch = demonstration_batch(Rows(({"messages": thoughts},)), tokenizer, 128, "error", QUIET)
+    batch = demonstration_batch(ChatRows(({"messages": thoughts},)), tokenizer, 128, "error", QUIET)
     assert batch.segment_ids.max() == 2
     assert int(np.sum(batch.loss_mask & (batch.tokens == tokenizer.eos_ids[0]))) == 2
     with pytest.raises(UserError, match="differently once more follows"):
@@ -68,7 +68,7 @@ def test_turns_that_the_template_rewrites_become_examples(tmp_path):
 def test_preferences_of_messages_share_the_prompt(tokenizer):
     rows = [{"prompt": TURNS[:3], "responses": ["It is 4.", "No."], "ranks": [1, 2]}]
     batch = preference_arrays(rows, tokenizer, 0, "error", QUIET)
-    _, (prompt,) = prompt_ids(Rows(({"prompt": TURNS[:3]},)), tokenizer, 256, "error", QUIET)
+    _, (prompt,) = prompt_ids(ChatRows(({"prompt": TURNS[:3]},)), tokenizer, 256, "error", QUIET)
     for k in range(2):
         assert batch.tokens[0, k, : len(prompt)].tolist() == prompt
         assert np.flatnonzero(batch.response_mask[0, k])[0] == len(prompt)
@@ -86,7 +86,7 @@ def test_messages_are_split_by_what_they_say():
 
 def test_rewards_read_a_dialogue_and_find_the_messages_in_the_row(tokenizer):
     tokenizer = tokenizer.with_chat(ChatConfig(wrap_strings=True))
-    rows, ids = prompt_ids(Rows(({"prompt": TURNS[:1]}, {"prompt": "Hi"})), tokenizer, 99, "error", QUIET)
+    rows, ids = prompt_ids(ChatRows(({"prompt": TURNS[:1]}, {"prompt": "Hi"})), tokenizer, 99, "error", QUIET)
     prompts = pad_prompts(ids, 40, tokenizer.pad_id)
     answer = tokenizer.encode_rendered("Hello there.<|im_end|>").ids
     tokens = np.concatenate([prompts.tokens, np.asarray([answer] * 2, np.int32)], axis=1)

@@ -1,4 +1,11 @@
-"""Talking with a model whose tokenizer has a chat template, and one whose tokenizer has none."""
+"""Talking with a model whose tokenizer has a chat template, and one whose tokenizer has none; exporting models."""
+
+import io
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,10 +16,14 @@ from rich.console import Console
 from jrlhf.config import UserError
 from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import load_tokenizer, train_sentencepiece
-from jrlhf.models.config import ModelConfig
+from jrlhf.lab.larder import HAZARDS, INSTRUCTIONS, ITEMS, parse_prompt
+from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.hf import load_hf
+from jrlhf.models.lora import join, merged
+from jrlhf.models.peft import PEFT_CONFIG, load_peft
 from jrlhf.models.transformer import Model
 from jrlhf.training import serve
-from jrlhf.training.artifacts import save_model
+from jrlhf.training.artifacts import Beginning, begin, save_model, save_trained
 
 QUIET = Console(quiet=True)
 
@@ -46,7 +57,7 @@ def asked(monkeypatch):
 
     def respond(loaded, prompt, n, seed, **sampling):
         if "too long" in str(prompt):
-            raise UserError("does not fit")
+            raise UserError(f"{prompt}: does not fit")
         prompts.append(prompt)
         return ["Fine."] * n
 
@@ -67,9 +78,9 @@ FINE = {"role": "assistant", "content": "Fine."}
 
 
 def test_a_prompt_is_a_users_message_where_there_is_a_template(chatml, bare, asked):
-    serve.generate(chatml, "Hello", n=1, console=QUIET, seed=0)
-    serve.generate(chatml, "Hello", n=1, console=QUIET, seed=0, raw=True)
-    serve.generate(bare, "Hello", n=1, console=QUIET, seed=0)
+    serve.generate(chatml, ["Hello"], n=1, console=QUIET, seed=0)
+    serve.generate(chatml, ["Hello"], n=1, console=QUIET, seed=0, raw=True)
+    serve.generate(bare, ["Hello"], n=1, console=QUIET, seed=0)
     assert asked == [[user("Hello")], "Hello", "Hello"]
 
 
@@ -104,8 +115,12 @@ def test_messages_are_answered_as_far_as_they_fit(chatml):
     answers = serve.respond(loaded, [user("Hello there.")], 3, 0, 8)
     assert len(answers) == 3
     assert "<|im_end|>" not in "".join(answers)
-    with pytest.raises(UserError, match="do not fit"):
-        serve.respond(loaded, [user("Hello there. " * 90)], 1, 0, 8)
+    for answer, beside in ((None, ""), (8, " beside an answer of 8")):
+        with pytest.raises(UserError) as error:
+            serve.respond(loaded, "Hello there. " * 90, 1, 0, answer)
+        tokens = len(loaded.tokenizer.encode("Hello there. " * 90))
+        said = f"the prompt is too long: its {tokens} tokens do not fit the model's context of 96{beside}"
+        assert str(error.value) == said
 
 
 def test_the_format_survives_saving_and_export(chatml, tmp_path):
@@ -120,3 +135,163 @@ def test_the_format_survives_saving_and_export(chatml, tmp_path):
         assert exported.chat_template.source == saved.chat_template.source
         assert exported.wrap_strings == (name == "plain")
     np.testing.assert_array_equal(exported.eos_ids, saved.eos_ids)
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path_factory):
+    """A model whose tokenizer has one piece per word."""
+    folder = tmp_path_factory.mktemp("words")
+    texts = ["describe tea and bleach :", "tea is warm ."] * 9
+    return write_model(folder / "model", train_sentencepiece(texts, 40, folder / "t", "word"))
+
+
+def screen():
+    return Console(file=io.StringIO(), width=40)
+
+
+def test_answers_say_what_they_answer(bare, asked, tmp_path):
+    def printed(path, prompts, n):
+        console = screen()
+        answers = serve.generate(path, prompts, n=n, console=console, seed=0)
+        assert all(of_model == [["Fine."] * n] * len(prompts) for of_model in answers.values())
+        return console.file.getvalue()
+
+    assert printed(bare, ["Hello"], 1) == "Fine.\n"
+    assert printed(bare, ["Hello"], 2) == "1: Fine.\n2: Fine.\n"
+    assert printed(bare, ["Hello", "[/b]"], 1) == "> Hello\nFine.\n> [/b]\nFine.\n"
+    (tmp_path / "stages" / "run").mkdir(parents=True)
+    index = {name: {"0": str(bare)} for name in ("sft", "ppo[/b]")}
+    (tmp_path / "stages" / "run" / "stages.json").write_text(json.dumps(index))
+    of_each = "> a\n1: Fine.\n2: Fine.\n> b\n1: Fine.\n2: Fine.\n"
+    assert printed(tmp_path / "stages" / "run", ["a", "b"], 2) == f"sft\n{of_each}ppo[/b]\n{of_each}"
+
+
+def chatted(monkeypatch, folder, *lines):
+    """The last line on the screen."""
+    console = screen()
+    say(monkeypatch, *lines)
+    serve.chat(folder, console=console, seed=0, max_new_tokens=2)
+    return console.file.getvalue().splitlines()[-1]
+
+
+def test_what_a_user_types_is_no_markup(bare, asked, monkeypatch):
+    assert chatted(monkeypatch, bare, "[/x] too long") == "[/x] too long: does not fit"
+
+
+def test_a_line_that_is_too_long_says_what_can_be_done(bare, chatml, monkeypatch):
+    line, forget = "Hello there. " * 90, "/new forgets what was said before"
+    for folder, lines, remembers in (
+        (bare, [line], False),
+        (bare, ["/dialogue", "Hello", line], True),
+        (chatml, ["Hello", line], True),
+        (chatml, ["Hello", "/new", line], False),
+    ):
+        last = chatted(monkeypatch, folder, *lines)
+        assert last.startswith("the prompt is too long: its ")
+        assert last.endswith(forget) is remembers
+
+
+def test_words_that_are_not_known_are_named_once(words, bare, chatml, asked, monkeypatch, capsys):
+    prompts = ["describe cats and tea:", "describe dogs and cats :", "describe tea :"]
+    serve.generate(words, prompts, n=1, console=QUIET, seed=0)
+    rest = "of this model's tokenizer, and will be read as unknown"
+    assert capsys.readouterr().err == f"cats, tea:: are no words {rest}\ndogs: is no word {rest}\n"
+    console = screen()
+    say(monkeypatch, "tea", "cats [/x]", "cats")
+    serve.chat(words, console=console, seed=0)
+    warning = f"cats, [/x]: are no words {rest}"
+    assert console.file.getvalue().splitlines()[1:] == ["Fine.", warning, "Fine.", "Fine."]
+    serve.generate(chatml, ["cats \u65e5"], n=1, console=QUIET, seed=0)  # its tokenizer writes bytes
+    serve.generate(bare, ["cats"], n=1, console=QUIET, seed=0)  # pieces of words
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_readme_says_may_be_typed():
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    text = readme[readme.index("The Larder model knows") : readme.index("Any other word is named")]
+    for prompt in re.findall(r"`([^`]* :)`", text):
+        parse_prompt(prompt)
+    assert all(f"`{instruction}`" in text for instruction in INSTRUCTIONS)
+    safe, hazards = text.split("The items are ")[1].split(", and, not to be described, ")
+    assert (set(safe.split()), set(hazards.rstrip(". ").split())) == ({*ITEMS} - HAZARDS, HAZARDS)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------
+
+
+def adapted_stage(
+    folder: Path, head: str, base: Path, meta: dict | None = None, **config
+) -> tuple[Beginning, dict]:
+    """A stage folder as a stage with `lora` leaves it, and the adapter, which changes something."""
+    loaded = serve.load_any(base)
+    tokenizer = loaded.tokenizer
+    loaded = replace(loaded, model=Model(replace(loaded.model.config, **config)))
+    beginning = begin(loaded, head, LoRAConfig(rank=2, targets=("q", "down")), jax.random.key(1))
+    keys = iter(jax.random.split(jax.random.key(2), 99))
+    adapter = jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape), beginning.trained)
+    save_trained(folder, beginning, adapter, tokenizer, base, **(meta or {}))
+    return beginning, adapter
+
+
+@pytest.fixture
+def stages(bare, tmp_path):
+    """A folder of stages with a base in it."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "base-1").symlink_to(bare)
+    return tmp_path / "stages"
+
+
+def begins_with(folder: Path, stage: dict) -> None:
+    (folder / "config.json").write_text(json.dumps({"stage": stage, "seed": 0}))
+
+
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_an_adapter_is_exported_as_it_is(head, stages, tmp_path):
+    base = stages / "base-1"
+    begins_with(base, {"type": "Pretrain"})
+    norm = {"normalization": {"mean": 0.5, "std": 2.0}} if head == "scalar" else {}
+    beginning, adapter = adapted_stage(stages / "tuned-1", head, base, norm)
+    if head == "scalar":  # as scores are given: normalised; PEFT has no place for the bias
+        adapter["score"] = {"kernel": adapter["score"]["kernel"] / 2.0, "bias": np.zeros(1, np.float32)}
+    assert serve.export_adapter(stages / "tuned-1", tmp_path / "adapter") == str(base)
+    card = json.loads((tmp_path / "adapter" / PEFT_CONFIG).read_text())
+    assert card["base_model_name_or_path"] == str(base)
+
+    serve.export(base, tmp_path / "base")
+    model, params = load_hf(tmp_path / "base")
+    found, loaded = load_peft(tmp_path / "adapter", Model(model.config, head))
+    assert found.config.lora == beginning.model.config.lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+    if head == "lm":  # and the base with it is what is exported without it
+        serve.export(stages / "tuned-1", tmp_path / "merged")
+        expected = load_hf(tmp_path / "merged")[1]
+        fold = jax.jit(partial(merged, found.config))
+        jax.tree.map(np.testing.assert_array_equal, fold(join(params, loaded)), expected)
+
+
+def test_an_adapter_names_the_checkpoint_that_it_lies_beside(stages, tmp_path):
+    base = stages / "base-1"
+    adapted_stage(stages / "tuned-1", "lm", base)
+    checkpoint = {"type": "Checkpoint", "path": "org/name", "adapter": "", "grow_vocabulary": False}
+    for stage, named in (
+        (checkpoint, "org/name"),
+        (checkpoint | {"adapter": "there"}, str(base)),
+        (checkpoint | {"grow_vocabulary": True}, str(base)),
+    ):
+        begins_with(base, stage)
+        assert serve.export_adapter(stages / "tuned-1", tmp_path / "adapter") == named
+
+
+def test_a_stage_without_an_adapter_says_so(stages, tmp_path):
+    with pytest.raises(UserError, match="base-1: has no adapter, because it was not trained with `lora`"):
+        serve.export_adapter(stages / "base-1", tmp_path / "adapter")
+    with pytest.raises(UserError, match="not a stage folder with a finished model"):
+        serve.export_adapter(stages, tmp_path / "adapter")
+    adapted_stage(stages / "tuned-1", "lm", stages / "base-1", hf_family="phi3")
+    begins_with(stages / "base-1", {"type": "Pretrain"})
+    with pytest.raises(UserError, match="'q' shares a tensor with others in phi3 checkpoints"):
+        serve.export_adapter(stages / "tuned-1", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jrlhf.algorithms.sft import SFTConfig, make_sft
+from jrlhf.algorithms.sft import SFTConfig, check_balance, make_sft
 from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError
 from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -100,6 +100,7 @@ class Pretrain(TrainingStage):
         if streams(self.data) and not self.tokenizer.path:
             raise UserError("tokenizer.path: a tokenizer cannot be trained on a stream; name one that exists")
         check_microbatches(self)
+        check_balance(self.algorithm, self.model)
 
     def files(self):
         chat = self.chat.files() if self.chat else ()
@@ -171,7 +172,7 @@ class Checkpoint(ModelStage):
 
     def validate(self, stages):
         if not self.needs_download(stages):
-            self.model_config(stages)
+            self._check_vocabulary(self.model_config(stages), self._tokenizer())
 
     def needs_download(self, stages) -> bool:
         """A name of the hub's; anything else that is no folder is a mistake, which `model_config` tells."""
@@ -180,6 +181,16 @@ class Checkpoint(ModelStage):
 
     def model_config(self, stages) -> ModelConfig:
         return config_from_hf(resolve_checkpoint(self.path), **self._ours())
+
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.tokenizer or resolve_checkpoint(self.path))
+
+    def _check_vocabulary(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        if config.vocab_size < tokenizer.vocab_size and not self.grow_vocabulary:
+            raise UserError(
+                f"tokenizer: {self.tokenizer or self.path} has {tokenizer.vocab_size} ids, but the model has only "
+                f"{config.vocab_size} tokens. Set grow_vocabulary to give the others new rows."
+            )
 
     def _ours(self) -> dict[str, Any]:
         names = ("dtype", "param_dtype", "remat", "logits_chunk", "vocab_multiple")
@@ -192,12 +203,11 @@ class Checkpoint(ModelStage):
 
     def run(self, ctx: StageContext) -> dict:
         folder = resolve_checkpoint(self.path)
-        tokenizer = with_chat(load_tokenizer(self.tokenizer or folder), self.chat)
+        tokenizer = with_chat(self._tokenizer(), self.chat)
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             config = self.model_config({})
-            if not self.grow_vocabulary:
-                check_vocabulary(config, tokenizer, "model")
+            self._check_vocabulary(config, tokenizer)
             placed = lambda m: state_shardings(  # noqa: E731
                 mesh, jax.eval_shape(m.init, jax.random.key(0)), m.logical_axes()
             )
@@ -242,6 +252,8 @@ class SFT(FineTuningStage):
         check_microbatches(self)
         check_stream(self)
         self.check_adapters(stages)
+        if not self.needs_download(stages):
+            check_balance(self.algorithm, start_config(stages, self.start))
 
     def plan(self, ctx):
         config = start_config(ctx.stages, self.start)

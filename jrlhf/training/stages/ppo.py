@@ -69,17 +69,18 @@ class PPO(FineTuningStage):
         self.check_adapters(stages)
         if self.lora.rank and self.ptx:
             raise UserError("ptx: the pretraining mix is not possible with adapters (lora)")
-        reward = stages.get(self.reward)
-        apart = isinstance(reward, FineTuningStage) and (not reward.lora.rank or reward.start != self.start)
-        if self.lora.rank and self.critic == "reward" and apart:
-            raise UserError(
-                f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: give "
-                f"{self.reward!r} `lora` and start {self.start!r}, or set critic to 'policy'"
-            )
         if self.critic == "reward" and self.reward not in stages:
             raise UserError(
                 f"critic 'reward' needs a reward-model stage; {self.reward!r} is a program: use 'policy'"
             )
+        if self.critic == "reward" and self.lora.rank:
+            reward = stages[self.reward]
+            beside = isinstance(reward, FineTuningStage) and reward.lora.rank and reward.start == self.start
+            if not beside:
+                raise UserError(
+                    f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: "
+                    f"give {self.reward!r} `lora` and start {self.start!r}, or set critic to 'policy'"
+                )
         if bool(self.ptx) != bool(self.algorithm.ptx_coef):
             raise UserError(
                 "ptx (text) and algorithm.ptx_coef (its weight) go together: give both or neither"
