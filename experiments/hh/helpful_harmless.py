@@ -7,10 +7,11 @@ that size is that every stage works on real dialogues; the same file with an 8B 
 Command    JRLHF_DATA=<folder with stories260K/ and hh-harmless-base/> jrlhf run experiments/hh/helpful_harmless.py
            with a network: HH_DATA=Anthropic/hh-rlhf HH_MODEL=<checkpoint or hub name> jrlhf run ...
 Hardware   two CPU cores, 6 GiB of memory, for the 260K model
-Measured   with the 260K story model on 1,800 pairs of hh-harmless-base; half of the dialogues are longer than 384 of its
-           short tokens and are dropped. Reward model: 66% [55%, 76%] of 77 held-out pairs. DPO's implicit accuracy: 47%
-           [36%, 57%] of 86, which is chance. PPO (KL 11.7) raises that reward model's score from -0.42 [-0.76, -0.10] to
-           2.12 [1.98, 2.26] by answering "I don't know." to everything; best of 16 reaches 2.85 [2.51, 3.30].
+Measured   with the 260K story model on 1,800 pairs of hh-harmless-base. Half of the dialogues are longer than 384 of
+           its short tokens and are dropped. Reward model: 66% [55%, 76%] of 77 held-out pairs. DPO's implicit accuracy:
+           47% [36%, 57%] of 86, which is chance. PPO (KL 11.7) raises that reward model's score from -0.42
+           [-0.76, -0.10] to 2.12 [1.98, 2.26] by answering "I don't know." to everything; best of 16 has 2.85
+           [2.51, 3.30].
 """
 
 import os

@@ -8,8 +8,8 @@ Command    JRLHF_DATA=<folder with stories260K/ and tinystories/> jrlhf run expe
            or --stages.base.path <checkpoint folder> --stages.sft.data.path <stories file> ...
 Hardware   two CPU cores, 4 GiB of memory
 Measured   one seed, 128 held-out stories, 2 samples each. The reward model orders 72% [69%, 74%] of held-out pairs as
-           the noisy labels do. PPO finds that "They had a lot of fun." ends any story happily. The word that was asked for
-           stays unused: the SFT model hardly ever writes it, so that there is little to reinforce.
+           the noisy labels do. PPO finds that "They had a lot of fun." ends any story happily. The word that was
+           asked for stays unused: the SFT model hardly ever writes it, so that there is little to reinforce.
 
            policy        gold                 KL     ended
            SFT           0.11 [0.05, 0.18]    0      69%

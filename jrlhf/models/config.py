@@ -1,6 +1,7 @@
 """The decoder's shape and numerics. One config expresses every family of `models/hf.py`."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Literal
 
 from jrlhf.config import UserError
@@ -41,7 +42,8 @@ class LoRAConfig:
 
     rank: int = 0  # 0: no adapters
     alpha: float = 16.0
-    targets: tuple[str, ...] = ()  # linear layers: q, k, v, o, gate, up, down; (): all that the model has
+    # linear layers, by name or pattern: q, k, v, o, gate, up, down, "attn/*", "mlp/*", ...; (): all that the model has
+    targets: tuple[str, ...] = ()
     rank_stabilized: bool = False  # alpha / sqrt(rank) (Kalajdzievski 2023)
 
     @property
@@ -130,18 +132,27 @@ class ModelConfig:
             raise UserError("model.moe: experts are gated and have no bias")
         if self.lora.rank < 0:
             raise UserError(f"model.lora.rank must not be negative, got {self.lora.rank}")
-        if wrong := [t for t in self.lora.targets if t not in self.linear_layers]:
-            raise UserError(
-                f"model.lora.targets: {wrong[0]!r} is no linear layer of this model; "
-                f"there are {', '.join(self.linear_layers)}"
-            )
+        for pattern in self.lora.targets:
+            if not _matching((pattern,), self.linear_layers):
+                raise UserError(
+                    f"model.lora.targets: {pattern!r} is no linear layer of this model; "
+                    f"there are {', '.join(self.linear_layers)}"
+                )
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
         """Layers that can have an adapter. Experts cannot."""
+        attention = ("attn/q", "attn/k", "attn/v", "attn/o")
         if self.moe.experts:
-            return ("q", "k", "v", "o")
-        return ("q", "k", "v", "o", *(("gate",) if self.gated_mlp else ()), "up", "down")
+            return attention
+        return (*attention, *(("mlp/gate",) if self.gated_mlp else ()), "mlp/up", "mlp/down")
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """Layers that do have one."""
+        if not self.lora.rank:
+            return ()
+        return _matching(self.lora.targets, self.linear_layers) if self.lora.targets else self.linear_layers
 
     @property
     def head_size(self) -> int:
@@ -167,3 +178,9 @@ class ModelConfig:
         from jrlhf.models.transformer import Model  # the layers themselves know best
 
         return Model(self).n_params
+
+
+def _matching(patterns: tuple[str, ...], layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Layers ("attn/q") that a pattern names, by their whole name or its last part."""
+    named = lambda layer, p: fnmatch(layer, p) or fnmatch(layer.split("/")[1], p)  # noqa: E731
+    return tuple(layer for layer in layers if any(named(layer, p) for p in patterns))

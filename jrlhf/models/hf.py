@@ -34,6 +34,7 @@ from jrlhf.sharding import leads, path_names
 from jrlhf.types import Params
 
 GENERATION = "generation_config.json"
+COPIED_ROWS = 64
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
@@ -336,13 +337,22 @@ def _load_one(files: _Files, weight: Weight, leaf, sharding, config: ModelConfig
         view = weight.layout.view(files.tensor(weight.name(index)), own, config)
         for s in wanted:
             new = view[tuple(slice(start, stop) for start, stop in s[weight.stacked :])]
-            parts[s][(*inside(s), *(slice(0, n) for n in new.shape))] = new
+            _copy(new, parts[s][(*inside(s), *(slice(0, n) for n in new.shape))])
     arrays = {}
     for span in list(parts):
         part = parts.pop(span)  # let go as soon as it is on its devices
         for device in [d for d, s in where.items() if s == span]:
             arrays[device] = jax.block_until_ready(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(shape, sharding, [arrays[d] for d in devices])
+
+
+def _copy(new: np.ndarray, out: np.ndarray) -> None:
+    """`out[...] = new` for an array that lies transposed: by blocks, which the processor's cache holds."""
+    for start in range(0, len(new) if new.ndim > 1 else 0, COPIED_ROWS):
+        rows = slice(start, start + COPIED_ROWS)
+        out[rows] = new[rows]
+    if new.ndim <= 1:
+        out[...] = new
 
 
 # --- saving -------------------------------------------------------------------------------------------------
@@ -505,7 +515,7 @@ def _write_weights(
         for weight, index in parts:
             own = _own_shape(weight, rows[weight.path][1], config)
             x = _part(leaves[weight.path], index)[tuple(slice(0, n) for n in own)]
-            weight.layout.view(out, own, config)[...] = x.astype(dtype)
+            _copy(x.astype(dtype), weight.layout.view(out, own, config))
         return out
 
     where: dict[str, str] = {}

@@ -124,7 +124,7 @@ def linear(
     if bias:
         b = module.param(f"{name}_bias", logical(nn.initializers.zeros, *outputs), shape_out, param_dtype)
         y = y + jnp.broadcast_to(b.astype(dtype), y.shape)
-    if c.lora.rank and name in (c.lora.targets or c.linear_layers):
+    if f"{module.name}/{name}" in c.adapted_layers:
         a_axes, b_axes = (*inputs, "rank"), ("rank", *outputs)
         a = module.param(f"{name}_lora_a", logical(init, *a_axes), (*shape_in, c.lora.rank), jnp.float32)
         b = module.param(

@@ -95,7 +95,8 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
         raise UserError(
             f"{path}: target_modules: {unknown[0]!r} is unknown.{did_you_mean(unknown[0], named)}"
         )
-    targets = tuple(t for t in model.config.linear_layers if t in {named[m.split(".")[-1]] for m in asked})
+    wanted = {named[m.split(".")[-1]] for m in asked}
+    targets = tuple(t for t in model.config.linear_layers if t.split("/")[1] in wanted)
     lora = LoRAConfig(
         rank=card["r"],
         alpha=float(card["lora_alpha"]),
@@ -139,7 +140,11 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """(our layer's name, the last part of its module's name in the family) of every linear layer of its own tensor."""
-    weights = [w for w in FAMILIES[config.hf_family].weights if w.path.split("/")[-1] in config.linear_layers]
+    weights = [
+        w
+        for w in FAMILIES[config.hf_family].weights
+        if w.path.removeprefix("layers/") in config.linear_layers
+    ]
     for w in weights:
         if sum(other.hf == w.hf for other in weights) == 1 and w.stacked == 1:
             yield w.path.split("/")[-1], w.hf.removesuffix(".weight").split(".")[-1]

@@ -456,7 +456,8 @@ def test_make_batch_on_a_mesh(batch, decoded):
 def test_a_value_head_on_the_policys_trunk(batch):
     """Values come from the policy's own hidden states, before each token, and depend on its parameters."""
     params = {"policy": lm_params(0), "critic": {"score": scalar_params(1)["score"]}}
-    values = lambda p: actor_critic(MODEL, None).forward(p, batch.tokens, batch.mask, 5, TEMPERATURE)  # noqa: E731
+    whole = lambda p: p | {"reference": None}  # noqa: E731
+    values = lambda p: actor_critic(MODEL, None).forward(whole(p), batch.tokens, batch.mask, 5, TEMPERATURE)  # noqa: E731
     nudge = jax.tree.map(jnp.zeros_like, params) | {"policy": params["policy"]}
     (logprobs, _, got), (_, _, change) = jax.jit(lambda p: jax.jvp(values, (p,), (nudge,)))(params)
     head = jax.device_get(params["critic"]["score"])

@@ -122,11 +122,16 @@ def test_decoding_uses_the_adapter():
 
 def test_layers_that_a_model_does_not_have():
     with pytest.raises(
-        UserError, match="'gate' is no linear layer of this model; there are q, k, v, o, up, down"
+        UserError,
+        match="'gate' is no linear layer of this model; there are attn/q, attn/k, attn/v, attn/o, mlp/up, mlp/down",
     ):
         replace(SMALL, gated_mlp=False, lora=LoRAConfig(rank=2, targets=("gate",)))
     with pytest.raises(UserError, match="'up' is no linear layer of this model"):
         replace(SMALL, moe=MoEConfig(experts=2), lora=LoRAConfig(rank=2, targets=("q", "up")))
+    chosen = lambda *patterns: replace(SMALL, lora=LoRAConfig(rank=2, targets=patterns)).adapted_layers  # noqa: E731
+    assert chosen("attn/*") == ("attn/q", "attn/k", "attn/v", "attn/o")
+    assert chosen("q", "mlp/[gu]*") == ("attn/q", "mlp/gate", "mlp/up")
+    assert chosen() == SMALL.linear_layers
     with pytest.raises(ValueError, match="adapters need a frozen base"):
         Model(replace(SMALL, lora=LORA)).whole({}, None)
     phi = Model(replace(SMALL, hf_family="phi3", lora=LORA))
