@@ -500,9 +500,9 @@ def _export(options: argparse.Namespace) -> int:
         serve.export(path, options.folder)
         return 0
     base = serve.export_adapter(path, options.folder)
-    print(f"{options.folder}: adapter beside {base}")
-    if Path(base).parent.resolve() == path.parent.resolve():
-        print(f"which peft cannot load as it is: jrlhf export {base} BASE")
+    print(f"{options.folder}: an adapter beside {base}")
+    if Path(base).parent == path.parent:  # a stage
+        print(f"peft needs that base as a checkpoint: jrlhf export {base} FOLDER")
     return 0
 
 

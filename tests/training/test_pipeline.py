@@ -74,6 +74,9 @@ def test_preferences_are_k_wise(pipeline):
     rows = jsonl(folders(pipeline)["preferences"] / "preferences.jsonl")
     assert len(rows) == 32
     assert all(len(row["responses"]) == 3 and sorted(row["ranks"]) == [1, 2, 3] for row in rows)
+    # The tiny answers run out of their 8 tokens, which reward models and DPO are told.
+    assert any(not all(row["ended"]) for row in rows)
+    assert all(len(row["ended"]) == 3 for row in rows)
 
 
 def test_the_policies_start_equal_and_part(pipeline):

@@ -101,6 +101,10 @@ class Pretrain(TrainingStage):
             raise UserError("tokenizer.path: a tokenizer cannot be trained on a stream; name one that exists")
         check_microbatches(self)
         check_balance(self.algorithm, self.model)
+        if self.model.lora.rank:
+            raise UserError(
+                "model.lora: pretraining trains all parameters; give `lora` to a stage that fine-tunes"
+            )
 
     def files(self):
         chat = self.chat.files() if self.chat else ()
@@ -263,7 +267,7 @@ class SFT(FineTuningStage):
         if not self.loop.steps and tokenizer is not None and read.exact:
             pack = partial(demonstration_batch, self.data, tokenizer, length, self.too_long, QUIET)
             rows = packed_rows(self.eval_rows, pack)
-        return training_plan(config, self.loop, rows, Count(length), read=read)
+        return training_plan(config, self.loop, rows, Count(length), read=read, lora=self.lora)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
@@ -36,7 +37,7 @@ from jrlhf.training.stages.common import (
     start_config,
     usable_prompts,
 )
-from jrlhf.training.stages.sizes import at_most, training_plan, usable
+from jrlhf.training.stages.sizes import at_most, trained_bytes, training_plan, usable
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ class PPO(FineTuningStage):
         prompt = self.max_prompt or config.context - self.sampling.max_new_tokens
         length = at_most(prompt + self.sampling.max_new_tokens)
         prompts = usable(self.prompts, self.too_long)
-        plan = training_plan(config, self.loop, prompts, length)
+        plan = training_plan(config, self.loop, prompts, length, lora=self.lora)
         critic = 0 if self.critic == "shared" else 1
-        state = 4 * config.n_params * (1 + 3 * critic)  # reference, critic and its moments
+        # The reference is the adapters' base, or a model of its own. The critic is trained like the policy.
+        reference = 0 if self.lora.rank else jnp.dtype(config.param_dtype).itemsize * config.n_params
+        state = reference + critic * trained_bytes(config, self.lora)
         return replace(plan, memory_bytes=plan.memory_bytes + state)
 
     def run(self, ctx: StageContext) -> dict:

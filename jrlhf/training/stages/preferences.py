@@ -134,7 +134,7 @@ def preference_plan(stage, ctx: StageContext, pairs: str = "") -> Plan:
         rows = at_most(rows.n)
     # Sequences are as long as the longest in the data.
     length = at_most(min(stage.max_length or config.context, config.context))
-    return training_plan(config, stage.loop, rows, length, 2 if pairs else answers)
+    return training_plan(config, stage.loop, rows, length, 2 if pairs else answers, lora=stage.lora)
 
 
 def _training_preferences(stage, ctx: StageContext, pairs: str) -> tuple[Count, int]:

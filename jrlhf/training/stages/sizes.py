@@ -7,17 +7,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from rich.console import Console
 
 from jrlhf.config import Source, StageContext, to_dict
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
-from jrlhf.models.config import ModelConfig
+from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.training.data import rows_of
 from jrlhf.training.loop import LoopConfig
 from jrlhf.types import Plan
 
 QUIET: Any = Console(quiet=True)
 READABLE = 64 * 2**20  # bytes of files that a dry run reads to count their rows
+
+NO_ADAPTERS = LoRAConfig()
 
 
 class Count(NamedTuple):
@@ -100,11 +103,12 @@ def training_plan(
     length: Count,
     per_row: int = 1,
     read: Count | None = None,
+    lora: LoRAConfig = NO_ADAPTERS,
 ) -> Plan:
     """Sizes of a training stage on batches of `rows`, each `per_row` sequences of `length` tokens.
 
-    `read` is shown instead of `rows` where the two differ (documents are packed into rows). Memory: float32
-    parameters, gradient and two moments, and activations.
+    `read` is shown instead of `rows` where the two differ (documents are packed into rows). Memory: parameters (with
+    adapters: those frozen, and the adapter's), gradient and two float32 moments of what is trained, and activations.
     """
     shown = rows if read is None else read
     steps = Count(loop.steps) if loop.steps else Count(loop.total_steps(rows.n) if rows.n else 0, rows.exact)
@@ -114,10 +118,22 @@ def training_plan(
     activations = int(4 * tokens_step * (kept + logits))
     plan = Plan(
         config.n_params,
-        memory_bytes=16 * config.n_params + activations,
+        memory_bytes=frozen_bytes(config, lora) + trained_bytes(config, lora) + activations,
         note="" if steps.n else "steps depend on the data",
     )
     return counted(plan, shown, steps, Count(steps.n * tokens_step, steps.exact and length.exact))
+
+
+def frozen_bytes(config: ModelConfig, lora: LoRAConfig) -> int:
+    """The base beside an adapter; 0 without adapters."""
+    return jnp.dtype(config.param_dtype).itemsize * config.n_params if lora.rank else 0
+
+
+def trained_bytes(config: ModelConfig, lora: LoRAConfig) -> int:
+    """What is trained, its gradient and two float32 moments."""
+    if lora.rank:
+        return 16 * (replace(config, lora=lora).n_params - config.n_params)
+    return (2 * jnp.dtype(config.param_dtype).itemsize + 8) * config.n_params
 
 
 def sampling_plan(
