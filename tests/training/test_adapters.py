@@ -1,4 +1,4 @@
-"""Adapters in the stages that train: the base is one, frozen, and in no checkpoint; what is saved is the whole model."""
+"""Adapters in the stages that train: one frozen base, which no checkpoint holds; what is saved is a whole model."""
 
 import json
 import math
@@ -38,6 +38,8 @@ from jrlhf.models.transformer import Model, fold_normalization
 from jrlhf.sharding import make_mesh
 from jrlhf.training import online, rewards
 from jrlhf.training.artifacts import load_model
+from jrlhf.training.loop import sharded_state
+from jrlhf.types import TrainState
 
 STAGES = tiny.experiment.stages
 BEFORE = ("pretrain", "sft", "preferences", "reward_model")
@@ -84,7 +86,7 @@ class Run(NamedTuple):
 def adapted(one_device_run, one_device_runs) -> Run:
     """Every stage that trains, with adapters beside the model of "sft", on one device."""
     seen = Seen([], [], [], [], [])
-    sharded_state, rollout, scores = online.sharded_state, online.rollout, rewards.jitted_scores
+    rollout, scores = online.rollout, rewards.jitted_scores
 
     def watch_state(mesh, axes, init, *args):
         template, make, frozen = sharded_state(mesh, axes, init, *args)
@@ -143,9 +145,7 @@ def outputs(model: Model, params) -> np.ndarray:
 def test_only_the_layers_that_have_an_adapter_change(adapted, name):
     start, whole = dict(leaves(start_of(adapted, name))), dict(leaves(params_of(adapted.folders[name])))
     targets = ADAPTED[name].lora.targets or ("q", "k", "v", "o", "gate", "up", "down")
-    assert set(whole) - set(start) == (
-        {("score", "kernel"), ("score", "bias")} if name == "rm" else set()
-    )
+    assert set(whole) - set(start) == ({("score", "kernel"), ("score", "bias")} if name == "rm" else set())
     for path, before in start.items():
         if path[-1] in targets:
             assert np.any(whole[path] != before), path
@@ -229,6 +229,13 @@ def test_the_shared_reward_model_scores_as_its_saved_self(adapted):
     assert np.abs(ours - outputs(with_adapter, raw)).max() > 1e-2
 
 
+def test_frozen_parameters_that_an_algorithm_computes_are_refused():
+    init = lambda x: TrainState(jnp.int32(0), {"w": x}, (), {"w": x + 1}, jax.random.key(0))  # noqa: E731
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with pytest.raises(ValueError, match="ref_params; they must be among its arguments"):
+        sharded_state(mesh, {}, init, jnp.ones(3))
+
+
 def size(tree) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
@@ -288,15 +295,16 @@ def test_a_run_with_adapters_that_is_stopped_after_every_step(adapted, name, tmp
         STOP.request()
 
     monkeypatch.setattr(MetricLogger, "__init__", make_and_ask_to_stop)
+    stopped = []
     with one_device():
-        for start in range(1, steps + 1):
+        for _ in range(steps):
             try:
                 folder = run(only(*BEFORE, rm=ADAPTED["rm"], **{name: ADAPTED[name]}), runs, console=QUIET)
-                assert start == steps
             except Preempted as stop:
-                assert str(stop) == f"{name}: saved at step {start} of {steps}"
+                stopped.append(str(stop))
             finally:
                 STOP.clear()
+    assert stopped == [f"{name}: saved at step {n} of {steps}" for n in range(1, steps)]
     again = folders(folder)[name]
     ours, theirs = (list(map(lasting, read_metrics(f))) for f in (again, original))
     assert ours == theirs
@@ -315,7 +323,7 @@ def experiment(**stages):
 EARLY = {
     "layers that there are not": (
         experiment(bad=replace(ADAPTED["tuned"], lora=LoRAConfig(rank=2, targets=("q_proj",)))),
-        "stages.bad: model.lora.targets: 'q_proj' is no linear layer of this model; there are q, k, v, o, gate",
+        "stages.bad: model.lora.targets: 'q_proj' is no linear layer of this model; there are attn/q, ",
     ),
     "layers that a reward model has not": (
         experiment(bad=replace(ADAPTED["rm"], lora=LoRAConfig(rank=2, targets=("score",)))),
@@ -326,9 +334,7 @@ EARLY = {
         "stages.bad: model.lora.targets: 'router' is no linear layer",
     ),
     "a pretraining mix": (
-        experiment(
-            rm=ADAPTED["rm"], bad=replace(ppo, ptx=LarderText(8), algorithm=PPOConfig(ptx_coef=0.1))
-        ),
+        experiment(rm=ADAPTED["rm"], bad=replace(ppo, ptx=LarderText(8), algorithm=PPOConfig(ptx_coef=0.1))),
         "stages.bad: ptx: the pretraining mix is not possible with adapters",
     ),
     "a critic of a whole reward model": (
@@ -343,6 +349,10 @@ EARLY = {
     "a critic of a program": (
         experiment(bad=replace(ppo, reward="larder_gold", gold="")),
         "stages.bad: critic 'reward' needs a reward-model stage; 'larder_gold' is a program",
+    ),
+    "adapters in pretraining": (
+        lambda: only(pretrain=replace(STAGES["pretrain"], model=replace(STAGES["pretrain"].model, lora=ALL))),
+        "stages.pretrain: model.lora: pretraining trains all parameters; give `lora` to a stage that fine-tunes",
     ),
     "balance of a dense model": (
         lambda: only("pretrain", sft=replace(STAGES["sft"], algorithm=SFTConfig(balance_coef=0.1))),

@@ -229,7 +229,7 @@ def adapted_stage(
     loaded = serve.load_any(base)
     tokenizer = loaded.tokenizer
     loaded = replace(loaded, model=Model(replace(loaded.model.config, **config)))
-    beginning = begin(loaded, head, LoRAConfig(rank=2, targets=("q", "down")), jax.random.key(1))
+    beginning = begin(loaded, head, LoRAConfig(rank=2, targets=("attn/q", "mlp/down")), jax.random.key(1))
     keys = iter(jax.random.split(jax.random.key(2), 99))
     adapter = jax.tree.map(lambda x: x + jax.random.normal(next(keys), x.shape), beginning.trained)
     save_trained(folder, beginning, adapter, tokenizer, base, **(meta or {}))
