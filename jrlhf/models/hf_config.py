@@ -55,7 +55,9 @@ def read_card(folder: Path) -> tuple[Path, dict, Family]:
     card = read_object(path)
     kind, names = card.get("model_type"), card.get("architectures") or []
     if kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported. Known: {', '.join(sorted(FAMILIES))}.")
+        raise UserError(
+            f"{path}: model_type {kind!r} is not supported. Known: {', '.join(sorted(FAMILIES))}."
+        )
     known = FAMILIES[kind].architectures.values()
     if [a for a in names if a not in known] or len(names) > 1:
         raise UserError(f"{path}: architectures {names} is not supported. Known: one of {', '.join(known)}.")
