@@ -47,13 +47,18 @@ FILE_DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 # --- config.json --------------------------------------------------------------------------------------------
 
 
-def config_from_hf(folder: str | Path, **ours: Any) -> ModelConfig:
+def config_from_hf(folder: str | Path, *, head: Head | None = None, **ours: Any) -> ModelConfig:
     """The shape of a checkpoint, from its config.json. `ours` are the caller's own choices: dtype, remat, ...
+
+    head: what the checkpoint must hold, a language model or a scalar head (a reward model); None: either.
 
     Raises UserError naming file, field and value for an unknown family, a missing field, or anything that our
     decoder does not compute (another activation, unknown rotary scaling, quantised weights).
     """
-    return model_config(*_card(Path(folder)), **ours)
+    path, card, family = _card(Path(folder))
+    if head is not None:
+        _check_head(path, card, family, head)
+    return model_config(path, card, family, **ours)
 
 
 def _card(folder: Path) -> tuple[Path, dict, Family]:

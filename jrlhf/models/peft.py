@@ -70,11 +70,11 @@ def save_peft(folder: str | Path, model: Model, adapter: Params, base: str) -> N
     new.rename(folder)
 
 
-def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
-    """(the model with adapters, the adapter) of a PEFT folder, for a base that is loaded already.
+def peft_config(folder: str | Path, config: ModelConfig) -> LoRAConfig:
+    """What adapter_config.json describes, for a base of `config`.
 
-    Raises UserError for what our adapters are not: DoRA, biases, other ranks per layer, layers that the family does
-    not have, or a tensor of another shape.
+    Raises UserError for what our adapters are not: DoRA, biases, other ranks per layer, layers that the base does not
+    have.
     """
     folder = Path(folder)
     path = folder / PEFT_CONFIG
@@ -82,11 +82,14 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
     for name, allowed in (
         ("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)),
         ("rank_pattern", ({}, None)), ("alpha_pattern", ({}, None)), ("fan_in_fan_out", (False, None)),
+        ("layers_to_transform", (None,)),
     ):  # fmt: skip
         if (value := card.get(name, allowed[0])) not in allowed:
             raise UserError(f"{path}: {name} {value!r} is not supported; only {json.dumps(allowed[0])} is")
-    asked = card.get("target_modules") or []
-    named = {module: ours for ours, module in _modules(model.config)}
+    if missing := [name for name in ("r", "lora_alpha", "target_modules") if not card.get(name)]:
+        raise UserError(f"{path}: no field {missing[0]!r}")
+    asked = card["target_modules"]
+    named = {module: ours for ours, module in _modules(config)}
     if asked == "all-linear":
         asked = list(named)
     if isinstance(asked, str):
@@ -96,13 +99,22 @@ def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
             f"{path}: target_modules: {unknown[0]!r} is unknown.{did_you_mean(unknown[0], named)}"
         )
     wanted = {named[m.split(".")[-1]] for m in asked}
-    targets = tuple(t for t in model.config.linear_layers if t.split("/")[1] in wanted)
-    lora = LoRAConfig(
+    targets = tuple(t for t in config.linear_layers if t.split("/")[1] in wanted)
+    return LoRAConfig(
         rank=card["r"],
         alpha=float(card["lora_alpha"]),
         targets=targets,
         rank_stabilized=bool(card.get("use_rslora")),
     )
+
+
+def load_peft(folder: str | Path, model: Model) -> tuple[Model, Params]:
+    """(the model with adapters, the adapter) of a PEFT folder, for a base that is loaded already.
+
+    Raises UserError for what `peft_config` refuses, and for a missing or unknown tensor or one of another shape.
+    """
+    folder = Path(folder)
+    lora = peft_config(folder, model.config)
     model = Model(replace(model.config, lora=lora), model.head)
     adapter = jax.eval_shape(lambda: split(model.init(jax.random.key(0)))[1])
     out: dict = {}

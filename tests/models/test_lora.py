@@ -77,6 +77,8 @@ def test_what_our_adapters_are_not_is_refused(tmp_path):
         (lambda: adapter({"target_modules": ["q_prj"]}), "'q_prj' is unknown. Did you mean 'q_proj'"),
         (lambda: adapter({"rank_pattern": {"q_proj": 8}}), "rank_pattern"),
         (lambda: adapter({"bias": "all"}), "bias 'all' is not supported"),
+        (lambda: adapter({"r": None}), "adapter_config.json: no field 'r'"),
+        (lambda: adapter({"layers_to_transform": [0]}), "layers_to_transform [0] is not supported"),
         (lambda: adapter({}, without=first), f"missing tensor {first}"),
         (lambda: adapter({}, stray=np.zeros(2, np.float32)), "unknown tensor stray"),
         (lambda: adapter({}, **{first: np.zeros((4, 7), np.float32)}), f"tensor {first} has shape [4, 7]"),

@@ -218,6 +218,13 @@ def test_mistakes_in_a_checkpoint_are_told_before_anything_runs(tokenizer, tmp_p
     assert "no tokenizer.json or tokenizer.model there" in refused(base=Checkpoint(str(GOLDEN / "llama")))
     assert "critic 'reward' with adapters needs" in refused(base=base, judge=judge, ppo=ppo)
     assert "balance_coef is for a mixture of experts" in refused(base=base, sft=balanced)
+    adapted = lambda folder: replace(base, adapter=str(GOLDEN / folder))  # noqa: E731
+    assert "use_dora True is not supported" in refused(base=adapted("lora_dora"))
+    assert "no such checkpoint folder" in refused(base=adapted("lora_r5"))
+    assert "is a LlamaForCausalLM, not a LlamaForSequenceClassification" in refused(
+        judge=RewardCheckpoint(str(GOLDEN / "llama"), tokenizer)
+    )
+    assert "is a LlamaForSequenceClassification" in refused(base=checkpoint("llama_scalar", tokenizer))
     dry_run(
         Experiment("right", {"base": checkpoint("mixtral", tokenizer), "sft": balanced}), tmp_path / "runs"
     )

@@ -19,7 +19,7 @@ from jrlhf.models.config import ModelConfig
 from jrlhf.models.families import Head
 from jrlhf.models.hf import config_from_hf, load_hf, resolve_checkpoint
 from jrlhf.models.lora import join, merged
-from jrlhf.models.peft import load_peft
+from jrlhf.models.peft import load_peft, peft_config
 from jrlhf.models.transformer import Model
 from jrlhf.models.vocabulary import grow_vocabulary
 from jrlhf.optim import OptimConfig, build_optimizer
@@ -176,15 +176,16 @@ class Checkpoint(ModelStage):
 
     def validate(self, stages):
         if not self.needs_download(stages):
-            self._check_vocabulary(self.model_config(stages), self._tokenizer())
+            config = self.model_config(stages)
+            self._check_vocabulary(config, self._tokenizer())
+            if self.adapter and not _named_by_hub(self.adapter):
+                peft_config(resolve_checkpoint(self.adapter), config)
 
     def needs_download(self, stages) -> bool:
-        """A name of the hub's; anything else that is no folder is a mistake, which `model_config` tells."""
-        path = Path(self.path).expanduser()
-        return not path.exists() and len(path.parts) == 2 and not path.parent.is_dir()
+        return _named_by_hub(self.path)
 
     def model_config(self, stages) -> ModelConfig:
-        return config_from_hf(resolve_checkpoint(self.path), **self._ours())
+        return config_from_hf(resolve_checkpoint(self.path), head=self.head, **self._ours())
 
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer or resolve_checkpoint(self.path))
@@ -227,6 +228,12 @@ class Checkpoint(ModelStage):
                 params = jax.device_put(params, placed(model))
             save_model(ctx.folder, model, params, tokenizer)
         return {"parameters": model.config.n_params}
+
+
+def _named_by_hub(name: str) -> bool:
+    """Whether it must be "org/name"; anything else that is no folder is a mistake, which reading it tells."""
+    path = Path(name).expanduser()
+    return not path.exists() and len(path.parts) == 2 and not path.parent.is_dir()
 
 
 @dataclass(frozen=True)
