@@ -133,6 +133,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--adapter", action="store_true", help="only the adapter of a stage with `lora`, as PEFT files"
     )
+    p.add_argument(
+        "--base",
+        metavar="NAME",
+        help="with --adapter: folder or hub name of its base (default: the checkpoint that the stage began with)",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace what an earlier export left in the folder")
     return parser, made
 
 
@@ -491,15 +497,22 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     path = _model_folder(options.model, options.runs_dir)
-    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        raise UserError(f"{options.folder}: exists and is not empty; name a new folder")
+    if options.base is not None and not (options.adapter and options.base):
+        raise UserError("--base: names the base of an adapter; give it with --adapter, and not empty")
+    if options.folder.exists() and not options.folder.is_dir():
+        raise UserError(f"{options.folder}: is a file; name a folder")
+    if options.folder.exists() and any(options.folder.iterdir()) and not options.overwrite:
+        raise UserError(
+            f"{options.folder}: exists and is not empty; name a new folder, or --overwrite an earlier export"
+        )
     _set_up_serving(options.runs_dir)
     from jrlhf.training import serve
 
+    asked = {name: value for name in ("base", "overwrite") if (value := getattr(options, name))}
     if not options.adapter:
-        serve.export(path, options.folder)
+        serve.export(path, options.folder, **asked)
         return 0
-    base = serve.export_adapter(path, options.folder)
+    base = serve.export_adapter(path, options.folder, **asked)
     print(f"{options.folder}: an adapter beside {base}")
     if Path(base).parent == path.parent:  # a stage
         print(f"peft needs that base as a checkpoint: jrlhf export {base} FOLDER")

@@ -33,18 +33,21 @@ class ChatConfig:
     wrap_strings: bool = False  # a row's text prompt is a user turn, its text answers are assistant turns
 
     def files(self) -> tuple[str, ...]:
-        """Local files whose content decides what is trained."""
-        return (self.template,) if self.template and self.template not in BUILT_IN else ()
+        """Local files whose content decides what is trained. UserError as of `text`."""
+        return (str(self._path()),) if self.template and self.template not in BUILT_IN else ()
 
     def text(self) -> str:
         """The template's source. UserError when there is none of that name."""
+        return self._path().read_text(encoding="utf-8")
+
+    def _path(self) -> Path:
         path = BUILT_IN.get(self.template, Path(self.template))
         if not path.is_file():
             raise UserError(
                 f"chat.template: {self.template!r} is neither a built-in template nor a file."
                 f"{did_you_mean(self.template, BUILT_IN)}"
             )
-        return path.read_text(encoding="utf-8")
+        return path
 
 
 class Rewritten(UserError):

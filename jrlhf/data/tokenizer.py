@@ -180,11 +180,11 @@ class Tokenizer:
         ends = numbered("eos", id_cards[:1]) or ([eos] if eos is not None else numbered("eos", id_cards[1:]))
         if not ends:
             raise UserError(f"{where}: no end-of-text token. Set eos_token_id in generation_config.json.")
-        first = eos if eos in ends else ends[0]
-        self.eos_ids = (first, *(i for i in dict.fromkeys(ends) if i != first))
+        self._own_eos = eos
+        self.eos_ids = self._own_first(ends)
 
         pad = named("pad")
-        self.pad_id = pad if pad is not None else next(iter(numbered("pad", id_cards[:1])), first)
+        self.pad_id = pad if pad is not None else next(iter(numbered("pad", id_cards[:1])), self.eos_ids[0])
 
         add_bos = cards.get("tokenizer_config.json", {}).get("add_bos_token")
         if add_bos and self.bos_id is None:
@@ -217,7 +217,12 @@ class Tokenizer:
         self.chat_template = ChatTemplate(source, tokens, str(folder / found[0]))
         end = self._end_of_turn(self.chat_template)
         if end is not None and end not in self.eos_ids:
-            self.eos_ids = (*self.eos_ids, end)
+            self.eos_ids = self._own_first((*self.eos_ids, end))  # as it will be read after it was saved
+
+    def _own_first(self, ends: Sequence[int]) -> tuple[int, ...]:
+        """End tokens with what the tokenizer calls EOS in front, if it is among them: texts are ended by the first."""
+        own = [i for i in ends if i == self._own_eos]
+        return tuple(dict.fromkeys([*own, *ends]))
 
     def _end_of_turn(self, template: ChatTemplate) -> int | None:
         """The special token that the template writes after an assistant's words, or None."""

@@ -103,17 +103,21 @@ def split_by_prompt(rows: list[dict], fraction: float) -> tuple[list[dict], list
 
 
 def preference_arrays(
-    rows: list[dict], tokenizer: Tokenizer, max_length: int, too_long: str, console: Console
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    limit: int,
+    too_long: str,
+    console: Console,
+    label: str = "preferences",
 ) -> PreferenceBatch:
-    """All preference rows as one [N, K, T] batch; `max_length` 0 takes the longest."""
-    limit = max_length or 2**31 - 1
+    """All preference rows of at most `limit` tokens as one [N, K, T] batch, T being the longest of them."""
     encode = partial(encode_preference, tokenizer=tokenizer, max_len=limit, too_long=too_long)
-    examples, report = encode_rows(rows, encode, "preferences")
+    examples, report = encode_rows(rows, encode, label)
     if report.dropped or report.changed:
         console.print(f"  {report}", highlight=False)
     longest = max(len(a.ids) for e in examples for a in e.answers)
     widest = max(len(e.answers) for e in examples)
-    return stack_preferences(examples, -(-longest // 8) * 8, widest, tokenizer.pad_id)
+    return stack_preferences(examples, min(-(-longest // 8) * 8, limit), widest, tokenizer.pad_id)
 
 
 def pair_arrays(batch: PreferenceBatch, which: str) -> PairBatch:

@@ -17,7 +17,8 @@ from jrlhf.data.chat import Message
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.hf import load_hf, resolve_checkpoint, save_hf
-from jrlhf.models.peft import save_peft
+from jrlhf.models.hf_config import read_object
+from jrlhf.models.peft import PEFT_CONFIG, save_peft
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
@@ -184,8 +185,11 @@ def about_unknown_words(tokenizer: Tokenizer, text: str, warned: set[str]) -> st
     return f"{', '.join(words)}: {verb} of this model's tokenizer, and will be read as unknown"
 
 
-def export(path: Path, out: Path) -> None:
-    """Write a stage's model as a Hugging Face checkpoint; of a stage with adapters, the merged one."""
+def export(path: Path, out: Path, overwrite: bool = False) -> None:
+    """Write a stage's model as a Hugging Face checkpoint; of a stage with adapters, the merged one.
+
+    With `overwrite` it replaces a checkpoint in `out`; a folder that holds anything else is a UserError.
+    """
     folder = only_model(path)
     head = load_meta(folder / "model")["head"]
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
@@ -199,27 +203,42 @@ def export(path: Path, out: Path) -> None:
         eos_ids=t.eos_ids,
         pad_id=t.pad_id,
         bos_id=t.bos_id,
+        overwrite=overwrite,
     )
 
 
-def export_adapter(path: Path, out: Path) -> str:
+def export_adapter(path: Path, out: Path, base: str = "", overwrite: bool = False) -> str:
     """Write the adapter of a stage that was trained with `lora` in PEFT's format; returns the name of its base.
 
-    That is the checkpoint's path or hub name where the stage began with one as it is, else the folder of the stage
-    that it began with, which has to be exported as well.
+    base: the folder or hub name of the base as a Hugging Face checkpoint. "" is the checkpoint that the stage began
+    with. Where it began with another stage, or a changed checkpoint, that has to be exported and its folder named:
+    UserError otherwise. With `overwrite` an adapter in `out` is replaced.
     """
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not empty; name a new folder, or ask to overwrite it")
+    if base and has_model(Path(base)):
+        raise UserError(f"--base: {_TO_EXPORT.format(stage=base)}")
     folder = only_model(path)
     if not (folder / "adapter" / "model.json").is_file():
         raise UserError(
             f"{path}: has no adapter, because it was not trained with `lora`. Without --adapter its model is exported"
         )
-    base = Path(load_meta(folder / "adapter")["base"])
+    beside = Path(load_meta(folder / "adapter")["base"])
+    name = base or base_checkpoint(folder.parent / beside)
+    if not name:
+        told = _TO_EXPORT.format(stage=folder.parent / beside)
+        raise UserError(f"{path}: its adapter lies beside another stage. {told}")
     config = from_dict(ModelConfig, load_meta(folder / "model")["model"], f"{folder}/model")
-    found = load_adapter(folder, base, config, make_mesh(ONE_DEVICE, jax.devices()[:1]))
+    found = load_adapter(folder, beside, config, make_mesh(ONE_DEVICE, jax.devices()[:1]))
     assert found is not None  # there is one, and the base is its own
-    name = base_checkpoint(folder.parent / base) or str(folder.parent / base)
     save_peft(out, *found, name)
     return name
+
+
+_TO_EXPORT = (
+    "{stage} is a stage's folder, which peft cannot read: first `jrlhf export {stage} FOLDER`, then give "
+    "`--base FOLDER`"
+)
 
 
 def base_checkpoint(folder: Path) -> str:
@@ -244,7 +263,14 @@ def policies(path: Path) -> dict[str, Path]:
         if not found:
             raise UserError(f"{path}: no stage of this run has a finished language model")
         return found
-    return {str(path): resolve_checkpoint(path)}
+    folder = resolve_checkpoint(path)
+    if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = read_object(folder / PEFT_CONFIG).get("base_model_name_or_path") or "path/to/base"
+        raise UserError(
+            f"{path}: is an adapter, which answers only beside its base. Make a stage of both in an experiment, "
+            f"Checkpoint({str(base)!r}, adapter={str(path)!r}), run it and name RUN:STAGE"
+        )
+    return {str(path): folder}
 
 
 def only_model(path: Path) -> Path:

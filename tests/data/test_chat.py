@@ -540,6 +540,9 @@ def test_prompts_are_shown_as_dialogues():
 
 def test_the_config_is_written_and_its_file_is_known(tmp_path):
     path = str(tmp_path / "mine.jinja")
+    Path(path).write_text("{{ messages }}")
     for config, files in ((ChatConfig("plain", True), ()), (ChatConfig(path), (path,)), (ChatConfig(), ())):
         assert from_dict(ChatConfig, to_dict(config)) == config
         assert config.files() == files
+    with pytest.raises(UserError, match=r"neither a built-in template nor a file. Did you mean 'chatml'"):
+        ChatConfig("chatlm").files()

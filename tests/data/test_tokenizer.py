@@ -5,6 +5,7 @@ import sentencepiece
 import tokenizers
 
 from jrlhf.config import UserError
+from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 
 
@@ -238,3 +239,14 @@ def test_sentencepiece_without_sidecars_uses_the_model_ids(tmp_path, tokenizer):
     assert isinstance(bare, SentencePieceTokenizer)
     assert (bare.pad_id, bare.bos_id, bare.eos_ids, bare.add_bos) == (0, 1, (2,), True)
     assert bare.decode([]) == ""
+
+
+def test_a_chat_format_survives_saving_where_generation_ends_otherwise(shared_data, tmp_path):
+    """stories260K: generation ends with <s>, the tokenizer's own EOS is </s>, with which the template ends a turn."""
+    plain = load_tokenizer(shared_data / "stories260K")
+    assert plain.eos_ids == (1,)
+    chat = plain.with_chat(ChatConfig("plain"))
+    assert chat.eos_ids == (2, 1)
+    chat.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.eos_ids, again.fingerprint()) == (chat.eos_ids, chat.fingerprint())

@@ -67,7 +67,7 @@ def test_turns_that_the_template_rewrites_become_examples(tmp_path):
 
 def test_preferences_of_messages_share_the_prompt(tokenizer):
     rows = [{"prompt": TURNS[:3], "responses": ["It is 4.", "No."], "ranks": [1, 2]}]
-    batch = preference_arrays(rows, tokenizer, 0, "error", QUIET)
+    batch = preference_arrays(rows, tokenizer, 256, "error", QUIET)
     _, (prompt,) = prompt_ids(ChatRows(({"prompt": TURNS[:3]},)), tokenizer, 256, "error", QUIET)
     for k in range(2):
         assert batch.tokens[0, k, : len(prompt)].tolist() == prompt
@@ -97,3 +97,15 @@ def test_rewards_read_a_dialogue_and_find_the_messages_in_the_row(tokenizer):
     assert texts.prompts == ["\n\nHuman: Hello there.\n\nAssistant:", "Hi"]
     assert texts.completions == ["Hello there."] * 2
     assert texts.rows[0]["prompt"] == TURNS[:1]
+
+
+def test_preferences_longer_than_the_context_are_dropped_if_asked(tokenizer):
+    rows = [
+        {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]},
+        {"prompt": "a", "responses": ["b " * 50, "c"], "ranks": [1, 2]},
+    ]
+    assert preference_arrays(rows, tokenizer, 20, "drop", QUIET).tokens.shape[0] == 1
+    with pytest.raises(UserError, match=r"held-out preferences row 2: "):
+        preference_arrays(rows, tokenizer, 20, "error", QUIET, "held-out preferences")
+    wide = preference_arrays(rows[:1], tokenizer, 5, "error", QUIET)
+    assert wide.tokens.shape[2] <= 5  # rounding up does not pass the limit

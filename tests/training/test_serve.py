@@ -13,6 +13,7 @@ import pytest
 from chat_formats import make_tokenizer
 from rich.console import Console
 
+from jrlhf import cli
 from jrlhf.config import UserError
 from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -256,11 +257,11 @@ def test_an_adapter_is_exported_as_it_is(head, stages, tmp_path):
     beginning, adapter = adapted_stage(stages / "tuned-1", head, base, norm)
     if head == "scalar":  # as scores are given: normalised; PEFT has no place for the bias
         adapter["score"] = {"kernel": adapter["score"]["kernel"] / 2.0, "bias": np.zeros(1, np.float32)}
-    assert serve.export_adapter(stages / "tuned-1", tmp_path / "adapter") == str(base)
-    card = json.loads((tmp_path / "adapter" / PEFT_CONFIG).read_text())
-    assert card["base_model_name_or_path"] == str(base)
-
     serve.export(base, tmp_path / "base")
+    exported = str(tmp_path / "base")
+    assert serve.export_adapter(stages / "tuned-1", tmp_path / "adapter", base=exported) == exported
+    card = json.loads((tmp_path / "adapter" / PEFT_CONFIG).read_text())
+    assert card["base_model_name_or_path"] == exported
     model, params = load_hf(tmp_path / "base")
     found, loaded = load_peft(tmp_path / "adapter", Model(model.config, head))
     assert found.config.lora == beginning.model.config.lora
@@ -276,13 +277,45 @@ def test_an_adapter_names_the_checkpoint_that_it_lies_beside(stages, tmp_path):
     base = stages / "base-1"
     adapted_stage(stages / "tuned-1", "lm", base)
     checkpoint = {"type": "Checkpoint", "path": "org/name", "adapter": "", "grow_vocabulary": False}
+    tuned, out = stages / "tuned-1", tmp_path / "adapter"
+    first = re.escape(f"first `jrlhf export {base} FOLDER`, then give `--base FOLDER`")
     for stage, named in (
+        (checkpoint | {"adapter": "there"}, ""),
+        (checkpoint | {"grow_vocabulary": True}, ""),
+        ({"type": "Pretrain"}, ""),
         (checkpoint, "org/name"),
-        (checkpoint | {"adapter": "there"}, str(base)),
-        (checkpoint | {"grow_vocabulary": True}, str(base)),
     ):
         begins_with(base, stage)
-        assert serve.export_adapter(stages / "tuned-1", tmp_path / "adapter") == named
+        if named:
+            assert serve.export_adapter(tuned, out) == named
+        else:
+            with pytest.raises(UserError, match=first):
+                serve.export_adapter(tuned, out)
+            assert not out.exists()
+    with pytest.raises(UserError, match=f"--base: .*{first}"):
+        serve.export_adapter(tuned, out, base=str(base), overwrite=True)
+    with pytest.raises(UserError, match="not empty; name a new folder, or ask to overwrite"):
+        serve.export_adapter(tuned, out, base="org/other")
+    assert serve.export_adapter(tuned, out, base="org/other", overwrite=True) == "org/other"
+    assert json.loads((out / PEFT_CONFIG).read_text())["base_model_name_or_path"] == "org/other"
+    used = re.escape(f"Checkpoint('org/other', adapter='{out}')")
+    with pytest.raises(UserError, match=f"is an adapter, .*{used}"):
+        serve.generate(out, ["Hello"], n=1, console=QUIET, seed=0)
+
+
+def test_export_overwrites_only_what_export_wrote(bare, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert cli.main(["export", str(bare), str(out)]) == 0
+    (out / "config.json").write_text("{}")
+    assert cli.main(["export", str(bare), str(out)]) == 2
+    assert (out / "config.json").read_text() == "{}"
+    assert cli.main(["export", str(bare), str(out), "--overwrite"]) == 0
+    load_hf(out)
+    (out / "thesis.txt").write_text("mine")
+    assert cli.main(["export", str(bare), str(out), "--overwrite"]) == 2
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert cli.main(["export", str(bare), str(tmp_path / "new"), "--base", "org/name"]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_stage_without_an_adapter_says_so(stages, tmp_path):
@@ -291,7 +324,6 @@ def test_a_stage_without_an_adapter_says_so(stages, tmp_path):
     with pytest.raises(UserError, match="not a stage folder with a finished model"):
         serve.export_adapter(stages, tmp_path / "adapter")
     adapted_stage(stages / "tuned-1", "lm", stages / "base-1", hf_family="phi3")
-    begins_with(stages / "base-1", {"type": "Pretrain"})
     with pytest.raises(UserError, match="'q' shares a tensor with others in phi3 checkpoints"):
-        serve.export_adapter(stages / "tuned-1", tmp_path / "adapter")
+        serve.export_adapter(stages / "tuned-1", tmp_path / "adapter", base="org/name")
     assert not (tmp_path / "adapter").exists()

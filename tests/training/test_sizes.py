@@ -9,6 +9,7 @@ import tiny
 from tiny_runs import QUIET, one_device, only
 
 from jrlhf.config import LANGUAGE_MODEL, MeshConfig, StageContext, UserError
+from jrlhf.data.chat import ChatConfig
 from jrlhf.data.sources import FileSource, HubSource
 from jrlhf.experiment import dry_run, run, tasks
 from jrlhf.lab import LarderDemonstrations, LarderPrompts
@@ -109,6 +110,30 @@ def test_rows_of_files_are_counted_and_their_mistakes_told(tmp_path, real, one_d
     experiment = only("pretrain", "sft", last=DPO("sft", loop=EPOCHS, data=source))
     with pytest.raises(UserError, match=r"^stages\.last: .*preferences\.jsonl line 41: no field"):
         dry_run(replace(experiment, mesh=MeshConfig()), tmp_path / "runs")
+
+
+def test_rows_of_another_kind_are_told_by_the_dry_run(tmp_path):
+    binary = file(tmp_path / "b.jsonl", [{"prompt": "x", "completion": "y", "label": True}])
+    for stage, kind in (
+        (RewardModel("sft", loop=EPOCHS, data=FileSource(binary, "binary")), "preference"),
+        (
+            SFT("sft", loop=EPOCHS, data=FileSource(file(tmp_path / "p.jsonl", [{"prompt": "x"}]), "prompt")),
+            "demonstration",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            plan(stage, tmp_path)
+        assert str(error.value).startswith("data: FileSource row 1: ")
+        assert f"Its rows must be of the kind '{kind}'" in str(error.value)
+
+
+def test_a_stage_with_a_template_is_counted_with_it(one_device_run, one_device_runs, tmp_path):
+    said = [{"role": "user", "content": "describe tea"}, {"role": "assistant", "content": "tea is bitter ."}]
+    source = FileSource(file(tmp_path / "m.jsonl", [{"messages": said}] * 40), "demonstration")
+    stage = replace(BY_EPOCHS["sft"], data=source, chat=ChatConfig("plain"), too_long="drop", eval_rows=1)
+    assert plan(stage, one_device_runs).rows == 40
+    with pytest.raises(UserError, match="no chat template"):
+        plan(replace(stage, chat=None), one_device_runs)
 
 
 def test_what_only_a_download_would_tell_is_not_made_up(tmp_path):

@@ -62,6 +62,7 @@ from jrlhf.training.stages.sizes import (
     UNKNOWN,
     Count,
     at_most,
+    check_kind,
     count_rows,
     packed_rows,
     tokenizer_of,
@@ -115,6 +116,7 @@ class Pretrain(TrainingStage):
 
     def plan(self, ctx):
         config = self.model_config(ctx.stages)
+        check_kind(self.data, "text", "data")
         length, documents = self.length or config.context, count_rows(self.data)
         rows = UNKNOWN  # long documents are cut, short ones packed
         if not self.loop.steps and self.tokenizer.path and documents.exact:
@@ -270,7 +272,9 @@ class SFT(FineTuningStage):
         config = start_config(ctx.stages, self.start)
         length, read = self.length or config.context, count_rows(self.data)
         rows = at_most(max(read.n - self.eval_rows, 0))
+        check_kind(self.data, "demonstration", "data")
         tokenizer = tokenizer_of(ctx, self.start)
+        tokenizer = with_chat(tokenizer, self.chat) if tokenizer is not None else None
         if not self.loop.steps and tokenizer is not None and read.exact:
             pack = partial(demonstration_batch, self.data, tokenizer, length, self.too_long, QUIET)
             rows = packed_rows(self.eval_rows, pack)
@@ -342,6 +346,10 @@ def streamed(stage, encode, tokenizer: Tokenizer, length: int, ctx, mesh) -> tup
 def hold_out(arrays: SequenceBatch, rows: int) -> tuple[SequenceBatch, SequenceBatch]:
     """The last `rows` packed rows for evaluation, the others to train on."""
     n = rows_of(arrays)
+    if n < 2:
+        raise UserError(
+            "the data fills one packed row: there is nothing to hold out; give more data, or a shorter length"
+        )
     if not 0 < rows < n:
         raise UserError(
             f"eval_rows is {rows}, but the data fills {n} packed rows: give a number from 1 to {n - 1}"

@@ -88,21 +88,24 @@ class PairStage(FineTuningStage):
             trained = beginning.model
             whole = lambda state: trained.whole(state.params["policy"], beginning.frozen)  # noqa: E731
             train_rows, held_rows = split_by_prompt(preference_rows(self, ctx), self.eval_fraction)
+            check_length(self.max_length, model, "max_length")
+            limit = self.max_length or model.config.context
             ranked, answers = (
-                preference_arrays(r, tokenizer, self.max_length, self.too_long, ctx.console)
-                for r in (train_rows, held_rows)
+                preference_arrays(r, tokenizer, limit, self.too_long, ctx.console, label)
+                for r, label in zip(
+                    (train_rows, held_rows), ("preferences", "held-out preferences"), strict=True
+                )
             )
             pairs, held = pair_arrays(ranked, self.pairs), pair_arrays(answers, self.pairs)
-            check_length(max(p.tokens.shape[2] for p in (pairs, held)), model, "max_length")
             held = with_reference(model, policy.params, held, mesh)
             if self.algorithm.reference == "precomputed":
                 pairs = with_reference(model, policy.params, pairs, mesh)
 
             probe = None
             if self.eval_prompts:
-                limit = model.config.context - self.sampling.max_new_tokens
+                room = model.config.context - self.sampling.max_new_tokens
                 rows, ids = usable_prompts(
-                    policy, self.eval_prompts, limit, self.sampling, self.too_long, ctx, "eval_prompts"
+                    policy, self.eval_prompts, room, self.sampling, self.too_long, ctx, "eval_prompts"
                 )
                 sampler = Sampler(trained, tokenizer, mesh, self.sampling, prompt_slots(ids))
                 rewards = [make_reward(self.gold, {}, mesh, tokenizer)] if self.gold else []

@@ -32,6 +32,7 @@ from jrlhf.training.stages.sizes import (
     UNKNOWN,
     Count,
     at_most,
+    check_kind,
     count_rows,
     finished,
     local_rows,
@@ -150,6 +151,8 @@ def _training_preferences(stage, ctx: StageContext, pairs: str) -> tuple[Count, 
             whole = Count(len(split_by_prompt(asked, stage.eval_fraction)[0]), parent.too_long != "drop")
         # Ties make no pairs.
         return (at_most(whole.n * (k * (k - 1) // 2 if pairs == "all" else 1)) if pairs else whole), k
+    if stage.data is not None:
+        check_kind(stage.data, "preference", "data")
     rows = stored_preferences(ctx.parents[stage.preferences]) if stage.preferences else local_rows(stage.data)
     if rows is None:
         return at_most(count_rows(stage.data).n), 2

@@ -63,7 +63,7 @@ class RewardModel(FineTuningStage):
     optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=50)
     algorithm: RewardModelConfig = RewardModelConfig()
     eval_fraction: float = 0.1  # of the prompts (all their rows) are kept for evaluation
-    max_length: int = 0  # tokens of prompt and answer; 0: the longest in the data
+    max_length: int = 0  # tokens of prompt and answer; 0: the model's context
     too_long: TooLongPrompt = "error"
 
     def validate(self, stages):
@@ -86,11 +86,12 @@ class RewardModel(FineTuningStage):
                 held_rows = load_rows(self.eval_data, "preference", labelled(ctx.console, "eval_data"))
             else:
                 rows, held_rows = split_by_prompt(rows, self.eval_fraction)
+            check_length(self.max_length, loaded.model, "max_length")
+            limit = self.max_length or loaded.model.config.context
             arrays, held = (
-                preference_arrays(r, loaded.tokenizer, self.max_length, self.too_long, ctx.console)
-                for r in (rows, held_rows)
+                preference_arrays(r, loaded.tokenizer, limit, self.too_long, ctx.console, label)
+                for r, label in zip((rows, held_rows), ("preferences", "held-out preferences"), strict=True)
             )
-            check_length(max(a.tokens.shape[2] for a in (arrays, held)), loaded.model, "max_length")
             check_ordered(held)
 
             beginning = begin(loaded, "scalar", self.lora, jax.random.fold_in(key, 1))

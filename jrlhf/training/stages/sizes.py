@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from rich.console import Console
 
-from jrlhf.config import Source, StageContext, to_dict
+from jrlhf.config import Source, StageContext, UserError, to_dict
+from jrlhf.data.schema import check_row
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.training.data import rows_of
@@ -36,6 +37,19 @@ UNKNOWN = Count(0, False)
 
 def at_most(n: int) -> Count:
     return Count(n, False)
+
+
+def check_kind(source: Source | None, kind: str, field: str) -> None:
+    """At config time, that a source at hand gives rows of this kind."""
+    rows = local_rows(source) if source is not None else None
+    if not rows:
+        return
+    try:
+        check_row(rows[0], kind, f"{field}: {type(source).__name__} row 1")
+    except UserError as e:
+        asked = f" Its rows must be of the kind {kind!r}"
+        asked += f": kind={kind!r} makes them of many formats." if hasattr(source, "kind") else "."
+        raise UserError(f"{e}{asked}") from None
 
 
 def count_rows(source: Source | None) -> Count:
