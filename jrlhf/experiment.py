@@ -155,7 +155,7 @@ def load_python(path: Path) -> Any:
             f.lineno for f in frames if f.name != "__post_init__"
         ]  # where a config is made, not its checks
         where = f"{path}:{lines[-1]}" if lines else str(path)
-        what = _wrong_field(e) or (str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
+        what = _wrong_field(e) or _unknown_field(e) or (str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
         raise UserError(f"{where}: {what}") from e
     return module
 
@@ -170,6 +170,19 @@ def _wrong_field(error: BaseException) -> str:
             except UserError as wrong:
                 return str(wrong)
     return ""
+
+
+def _unknown_field(error: BaseException) -> str:
+    """Of a config that was given a field which it does not have: the one that was perhaps meant."""
+    found = re.match(r"(?:\w+\.)*(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or not found:
+        return ""
+    name, field = found.groups()
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was called
+    config = frame.f_globals.get(name)
+    if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
+        return ""
+    return f"{name} has no field {field!r}.{did_you_mean(field, [f.name for f in dataclasses.fields(config)])}"
 
 
 def _files_near(path: Path) -> str:
