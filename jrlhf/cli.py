@@ -138,7 +138,9 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         metavar="NAME",
         help="with --adapter: folder or hub name of its base (default: the checkpoint that the stage began with)",
     )
-    p.add_argument("--overwrite", action="store_true", help="replace what an earlier export left in the folder")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier export left in the folder"
+    )
     return parser, made
 
 
@@ -514,8 +516,6 @@ def _export(options: argparse.Namespace) -> int:
         return 0
     base = serve.export_adapter(path, options.folder, **asked)
     print(f"{options.folder}: an adapter beside {base}")
-    if Path(base).parent == path.parent:  # a stage
-        print(f"peft needs that base as a checkpoint: jrlhf export {base} FOLDER")
     return 0
 
 

@@ -155,7 +155,11 @@ def load_python(path: Path) -> Any:
             f.lineno for f in frames if f.name != "__post_init__"
         ]  # where a config is made, not its checks
         where = f"{path}:{lines[-1]}" if lines else str(path)
-        what = _wrong_field(e) or _unknown_field(e) or (str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
+        what = (
+            _wrong_field(e)
+            or _unknown_field(e)
+            or (str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}")
+        )
         raise UserError(f"{where}: {what}") from e
     return module
 
@@ -182,7 +186,9 @@ def _unknown_field(error: BaseException) -> str:
     config = frame.f_globals.get(name)
     if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
         return ""
-    return f"{name} has no field {field!r}.{did_you_mean(field, [f.name for f in dataclasses.fields(config)])}"
+    return (
+        f"{name} has no field {field!r}.{did_you_mean(field, [f.name for f in dataclasses.fields(config)])}"
+    )
 
 
 def _files_near(path: Path) -> str:

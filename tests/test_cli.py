@@ -395,8 +395,7 @@ def serve(monkeypatch):
 
     def record(*args, _name, **kwargs):
         calls.append((_name, args, kwargs))
-        beside = _name == "export_adapter" and args[1].name == "a-base"
-        return str(args[0].with_name("base")) if beside else "org/base"
+        return "org/base"
 
     for name in ("generate", "chat", "export", "export_adapter"):
         setattr(module, name, partial(record, _name=name))
@@ -420,13 +419,8 @@ def test_generate_chat_export_find_the_model(file, call, serve):
     assert call("export data.txt out")[0] == 0
     told = "out: an adapter beside org/base\n"
     assert call("export toy:ppo out --adapter")[:2] == (0, told)
-    base = "runs/stages/base"
-    hint = f"peft needs that base as a checkpoint: jrlhf export {base} FOLDER\n"
-    assert call("export toy:ppo a-base --adapter")[1] == f"a-base: an adapter beside {base}\n{hint}"
     assert call("chat org/model")[0] == 0
-    (_, (path, asked), sampling), (_, (chatted,), options), (_, (whole,), _), exported, adapter, _, hub = (
-        serve
-    )
+    (_, (path, asked), sampling), (_, (chatted,), options), (_, (whole,), _), exported, adapter, hub = serve
     assert path == Path("runs") / index["sft"]["1"]
     assert path.is_dir()
     assert asked == ["a", "b"]

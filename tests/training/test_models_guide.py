@@ -100,6 +100,7 @@ def test_every_snippet_and_command_does_what_it_shows(place, monkeypatch, capsys
                 stages = {"it": eval(statement, names)}
                 with one_device():
                     run(Experiment(f"one-{len(statement)}", stages), Path("runs"), console=QUIET)
+    one_step_of_sft(names)
     assert load_hf("out/experts")[0].config.moe.experts == 8
     config = load_hf("out/merged")[0].config
     assert (config.hf_family, config.param_dtype) == ("llama", "bfloat16")
@@ -113,6 +114,24 @@ def test_every_snippet_and_command_does_what_it_shows(place, monkeypatch, capsys
         loose, names["plain"], jax.tree.map(lambda x: x.astype(np.float32), load_hf("out/merged")[1])
     )
     assert names["model"].config.padded_vocab == 128
+
+
+def one_step_of_sft(names: dict) -> None:
+    """The loss is that of the logits shown, over the completion and its end token, and the step lowers it."""
+    model = load_hf("path/to/llama")[0]
+    batch, tokenizer = names["batch"], names["tokenizer"]
+    learned = [int(t) for t in batch.tokens[0][batch.loss_mask[0]]]
+    assert learned == [*tokenizer.encode(names["row"]["completion"]), tokenizer.eos_ids[0]]
+
+    def loss(logits) -> float:
+        logits = np.asarray(logits[0], np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -np.mean([logprobs[t - 1, batch.tokens[0, t]] for t in np.flatnonzero(batch.loss_mask[0])])
+
+    before = loss(names["logits"])
+    np.testing.assert_allclose(before, names["metrics"]["train/loss"], rtol=1e-5)
+    hidden = model.hidden(names["tuned"], names["ids"], names["mask"])
+    assert loss(model.logits(names["tuned"], hidden)) < before
 
 
 def test_the_table_of_families():

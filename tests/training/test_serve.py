@@ -17,6 +17,7 @@ from jrlhf import cli
 from jrlhf.config import UserError
 from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import load_tokenizer, train_sentencepiece
+from jrlhf.experiment import fingerprint
 from jrlhf.lab.larder import HAZARDS, INSTRUCTIONS, ITEMS, parse_prompt
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.hf import load_hf
@@ -136,6 +137,15 @@ def test_the_format_survives_saving_and_export(chatml, tmp_path):
         assert exported.chat_template.source == saved.chat_template.source
         assert exported.wrap_strings == (name == "plain")
     np.testing.assert_array_equal(exported.eos_ids, saved.eos_ids)
+
+
+def test_the_example_of_the_guide_is_an_experiment():
+    guide = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S)
+    exec(block, names := {})
+    assert names["stages"]["sft"].chat == ChatConfig("plain")
+    with pytest.raises(UserError, match=r"'chatlm' is neither a built-in template .* Did you mean 'chatml'"):
+        fingerprint(replace(names["stages"]["sft"], chat=ChatConfig("chatlm")), 0, {"base": "0"})
 
 
 # --- what is printed ----------------------------------------------------------------------------------------
@@ -303,7 +313,7 @@ def test_an_adapter_names_the_checkpoint_that_it_lies_beside(stages, tmp_path):
         serve.generate(out, ["Hello"], n=1, console=QUIET, seed=0)
 
 
-def test_export_overwrites_only_what_export_wrote(bare, tmp_path, monkeypatch):
+def test_export_overwrites_only_what_export_wrote(bare, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["export", str(bare), str(out)]) == 0
     (out / "config.json").write_text("{}")
