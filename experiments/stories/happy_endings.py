@@ -7,6 +7,7 @@ story ends (`jrlhf/rewards/stories.py`).
 Command    JRLHF_DATA=<folder with stories260K/ and tinystories/> jrlhf run experiments/stories/happy_endings.py
            or --stages.base.path <checkpoint folder> --stages.sft.data.path <stories file> ...
 Hardware   two CPU cores, 4 GiB of memory
+Time       about 9 minutes
 Measured   one seed, 128 held-out stories, 2 samples each. The reward model orders 72% [69%, 74%] of held-out pairs as
            the noisy labels do. PPO finds that "They had a lot of fun." ends any story happily. The word that was
            asked for stays unused: the SFT model hardly ever writes it, so that there is little to reinforce.
