@@ -31,9 +31,8 @@ def combine_experts(
         )
     batch, experts = logical_spec(("batch", None, None)), logical_spec(("experts", None, None))
     if x_BTD.shape[0] % math.prod(mesh.shape[name] for name in batch[0]):
-        batch = (
-            P()
-        )  # a few rows that do not divide (an initialisation, one prompt): every device has them all
+        # A few rows that do not divide (an initialisation, one prompt): every device has them all.
+        batch = P()
     axis = experts[0]
 
     def on_device(x, weights, chosen, gate, up, down):

@@ -190,6 +190,14 @@ def fields(
     return tuple(f for f in llama if f.ours not in changed) + more
 
 
+SCALAR_HEAD = (
+    Weight("score.weight", "score/kernel", linear()),
+    # transformers has no such tensor and ignores it: its scores then lack a constant, which no comparison of two
+    # answers sees.
+    Weight("score.bias", "score/bias", SAME, optional=True),
+)
+
+
 def weights(*changed: Weight, without: Sequence[str] = ()) -> tuple[Weight, ...]:
     """Llama's tensors, with some in another place (by path), some more, and some that a family lacks."""
     layer = "model.layers.{layer}."
@@ -216,10 +224,7 @@ def weights(*changed: Weight, without: Sequence[str] = ()) -> tuple[Weight, ...]
         Weight(layer + "mlp.down_proj.bias", "layers/mlp/down_bias", FLAT),
         Weight("model.norm.weight", "final_norm/scale", SAME),
         Weight("lm_head.weight", "lm_head/kernel", linear()),
-        Weight("score.weight", "score/kernel", linear()),
-        # transformers has no such tensor and ignores it: its scores then lack a constant, which no comparison
-        # of two answers sees.
-        Weight("score.bias", "score/bias", SAME, optional=True),
+        *SCALAR_HEAD,
     )
     return tuple(w for w in llama if w.path not in own) + changed
 
@@ -469,8 +474,7 @@ GPT2 = Family(
         Weight("transformer.h.{layer}.mlp.c_proj.bias", "layers/mlp/down_bias", SAME),
         *layer_norm("transformer.ln_f", "final_norm"),
         Weight("lm_head.weight", "lm_head/kernel", linear()),
-        Weight("score.weight", "score/kernel", linear()),
-        Weight("score.bias", "score/bias", SAME, optional=True),
+        *SCALAR_HEAD,
     ),
     {
         "positions": "learned",
@@ -525,8 +529,7 @@ GPT_NEOX = Family(
         Weight("gpt_neox.layers.{layer}.mlp.dense_4h_to_h.bias", "layers/mlp/down_bias", SAME),
         *layer_norm("gpt_neox.final_layer_norm", "final_norm"),
         Weight("embed_out.weight", "lm_head/kernel", linear()),
-        Weight("score.weight", "score/kernel", linear()),
-        Weight("score.bias", "score/bias", SAME, optional=True),
+        *SCALAR_HEAD,
     ),
     {"norm": "layer", "mlp_bias": True, "gated_mlp": False},
     UNQUANTIZED,

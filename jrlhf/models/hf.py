@@ -34,7 +34,7 @@ from jrlhf.sharding import leads, path_names
 from jrlhf.types import Params
 
 GENERATION = "generation_config.json"
-COPIED_ROWS = 64
+COPIED_ROWS = 64  # at a time, of a transposed array
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_FILES = (
@@ -353,11 +353,8 @@ def _load_one(files: _Files, weight: Weight, leaf, sharding, config: ModelConfig
 
 def _copy(new: np.ndarray, out: np.ndarray) -> None:
     """`out[...] = new` for an array that lies transposed: by blocks, which the processor's cache holds."""
-    for start in range(0, len(new) if new.ndim > 1 else 0, COPIED_ROWS):
-        rows = slice(start, start + COPIED_ROWS)
-        out[rows] = new[rows]
-    if new.ndim <= 1:
-        out[...] = new
+    for start in range(0, len(new), COPIED_ROWS):
+        out[start : start + COPIED_ROWS] = new[start : start + COPIED_ROWS]
 
 
 # --- saving -------------------------------------------------------------------------------------------------
