@@ -2,6 +2,11 @@
 
 import contextlib
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -98,3 +103,29 @@ def one_step(algorithm, init_args: tuple, batch: Any, mesh: str | None = None) -
     params, metrics = jax.device_get((state.params, metrics))
     gradient = jax.tree.map(lambda a, b: a - b, before, params)
     return Step(state, params, gradient, metrics, _compiled[key].as_text())
+
+
+def two_processes(script: str, *arguments: str, **environment: str) -> list[str]:
+    """Runs `script` as processes 0 and 1, with its number, a free port and `arguments`: what each of them printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(n), port, *arguments],
+            cwd=Path(__file__).resolve().parent.parent,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs

@@ -1,13 +1,10 @@
 """A checkpoint written and read by two processes, each with half of the devices, is that of one process."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+from helpers import two_processes
 from safetensors.numpy import load_file
 
 from jrlhf.models.hf import load_hf, save_hf
@@ -59,31 +56,8 @@ def test_two_processes_write_the_bytes_of_one(tmp_path):
     model, params = load_hf(source)
     save_hf(one, model, params, max_shard_bytes=SHARD)
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _ONE_OF_TWO, str(n), port, str(source), str(two), str(SHARD)],
-            cwd=REPOSITORY,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    outputs = two_processes(_ONE_OF_TWO, str(source), str(two), str(SHARD), **cache)
 
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     names = sorted(p.name for p in one.iterdir())
