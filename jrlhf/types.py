@@ -70,6 +70,8 @@ class PreferenceBatch(NamedTuple):
     response_mask: Array  # [B, K, T] bool, a token of the answer (EOS included)
     ranks: Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
     margins: Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
+    criteria: Any = ()  # [B, K, C] float32 scores by criterion, NaN where a row has none; () where not asked for
+    weights: Any = ()  # [B, n] float32: how often each of n bootstrap resamples holds the prompt; () is once
 
 
 class PairBatch(NamedTuple):
@@ -79,6 +81,42 @@ class PairBatch(NamedTuple):
     mask: Array  # [B, 2, T] bool, a real token
     response_mask: Array  # [B, 2, T] bool, a token of the answer
     ref_logprobs: Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
+
+
+class AnswerBatch(NamedTuple):
+    """One answer to each prompt."""
+
+    tokens: Array  # [B, T] int32, prompt then answer
+    mask: Array  # [B, T] bool, a real token
+    response_mask: Array  # [B, T] bool, a token of the answer
+    ref_logprobs: Array  # [B] summed reference log-probabilities; ignored when computed on the fly
+
+
+class UnpairedBatch(NamedTuple):
+    """Answers that are each labelled desirable or not."""
+
+    answers: AnswerBatch
+    labels: Array  # [B] bool, desirable
+    mismatched: AnswerBatch | None  # to each prompt an answer to another one (KTO's reference point)
+
+
+class RankedBatch(NamedTuple):
+    """K answers to each prompt for algorithms on whole rankings. Padding answers have rank 0."""
+
+    tokens: Array  # [B, K, T] int32, prompt then answer
+    mask: Array  # [B, K, T] bool, a real token
+    response_mask: Array  # [B, K, T] bool, a token of the answer
+    ref_logprobs: Array  # [B, K] summed reference log-probabilities; ignored when computed on the fly
+    ranks: Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
+
+
+class StepBatch(NamedTuple):
+    """Answers in steps; every step ends with a token at which it is judged."""
+
+    tokens: Array  # [B, T] int32, prompt then steps, right-padded
+    mask: Array  # [B, T] bool, a real token
+    ends: Array  # [B, T] bool, the last token of a step
+    labels: Array  # [B, T] float32: at a step's end the probability that it is right, -1 where nobody said
 
 
 class TextRow(TypedDict):
@@ -104,6 +142,14 @@ class BinaryRow(TypedDict):
     prompt: Spoken
     completion: Spoken
     label: bool
+
+
+class StepRow(TypedDict):
+    """An answer in steps, each right (1), wrong (0), something between, or without a label (None, -1)."""
+
+    prompt: Spoken
+    steps: list[str]
+    labels: list[float | None]
 
 
 class _PreferenceRequired(TypedDict):

@@ -11,7 +11,6 @@ import pytest
 from helpers import fake_params
 from rich.console import Console
 
-from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.config import MeshConfig, from_dict, to_dict
 from jrlhf.data.tokenizer import load_tokenizer
 from jrlhf.experiment import Experiment, dry_run, load_experiment, run, stage_folders
@@ -19,6 +18,7 @@ from jrlhf.metrics import check_name, read_metrics
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.hf import save_hf
 from jrlhf.models.transformer import Model
+from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training import stages
@@ -88,8 +88,15 @@ def shrink(value, checkpoint: Path):
         return dataclasses.replace(
             value, d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=0, d_ff=32, remat="none"
         )
-    if isinstance(value, PPOConfig):
-        return dataclasses.replace(value, epochs=1, minibatches=2, microbatches=1)
+    if isinstance(value, OnPolicyConfig):
+        return dataclasses.replace(
+            value,
+            epochs=1,
+            minibatches=min(value.minibatches, 2),
+            microbatches=1,
+            group_size=min(value.group_size, 2),
+            resample_rounds=min(value.resample_rounds, 2),
+        )
     if isinstance(value, stages.Checkpoint):
         return dataclasses.replace(value, path=str(checkpoint), remat="none")
     if isinstance(value, (tuple, list)):

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jrlhf"
 
 # A room may import its own tier and those before it. SIDE rooms are apart.
 TIERS = (
-    ("types", "ops"),
+    ("types",),
     ("config", "sharding"),
+    ("ops",),
     ("models",),
     ("rollout", "optim", "checkpoint", "metrics"),
     ("algorithms",),

@@ -23,7 +23,7 @@ from jrlhf.experiment import Experiment
 from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import DPO, PPO, SFT, BestOfN, Checkpoint, Evaluate, RewardModel
+from jrlhf.training.stages import PPO, SFT, BestOfN, Checkpoint, DirectAlignment, Evaluate, RewardModel
 
 data = os.environ.get("JRLHF_DATA", "data")
 model = os.environ.get("HH_MODEL", f"{data}/stories260K")
@@ -67,7 +67,7 @@ experiment = Experiment(
             max_prompt=max_prompt,
             too_long="drop",
         ),
-        "dpo": DPO(
+        "dpo": DirectAlignment(
             start="sft",
             data=HHSource(hh),
             max_length=max_length,

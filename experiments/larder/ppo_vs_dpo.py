@@ -24,10 +24,10 @@ from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import (
-    DPO,
     PPO,
     SFT,
     BestOfN,
+    DirectAlignment,
     Evaluate,
     Preferences,
     Pretrain,
@@ -86,7 +86,7 @@ experiment = Experiment(
             critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
             loop=LoopConfig(steps=50, batch_size=128),
         ),
-        "dpo": DPO(
+        "dpo": DirectAlignment(
             start="sft",
             preferences="preferences",
             algorithm=DPOConfig(beta=0.1),

@@ -29,7 +29,16 @@ from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.labelers import RewardLabeler
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import DPO, PPO, SFT, BestOfN, Checkpoint, Evaluate, Preferences, RewardModel
+from jrlhf.training.stages import (
+    PPO,
+    SFT,
+    BestOfN,
+    Checkpoint,
+    DirectAlignment,
+    Evaluate,
+    Preferences,
+    RewardModel,
+)
 
 data = os.environ.get("JRLHF_DATA", "data")
 stories = f"{data}/tinystories/tinystories_sample.txt"
@@ -80,7 +89,7 @@ experiment = Experiment(
             max_prompt=80,
             too_long="drop",
         ),
-        "dpo": DPO(
+        "dpo": DirectAlignment(
             start="sft",
             preferences="preferences",
             algorithm=DPOConfig(beta=0.1),

@@ -39,6 +39,7 @@ from jrlhf.compare.summary import (
 )
 from jrlhf.config import UserError, read_json
 
+PASS = "pass@k: one of k answers is right · all alike: prompts whose answers are all right or all wrong"
 DASH, TIMES = "\u2013", "\u00d7"
 SAMPLES = 12  # prompts shown
 PACKAGES = ("jrlhf", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
@@ -106,19 +107,22 @@ def _report_in(out: Path) -> Mapping[str, Any]:
 def print_table(console: Console, summary: Summary) -> None:
     """The main split's table, policies against each other, the headline, and what the intervals cover."""
     columns = _columns(summary)
-    table = _table(summary, columns)
-    if Measurement.get(console, console.options.update(width=1000), table).maximum > console.width:
+    table = _table(summary.main, columns, _about(summary))
+    if _too_wide(table, console):
         # A narrow terminal: limits where a decision hangs on them, the rest is in the files.
         gain = f"gain (over {summary.baseline})"
         columns = [(words, cell if words in ("gold", gain) else _value(cell)) for words, cell in columns]
-        table = _table(
-            summary,
-            [column for column in columns if column[0] not in ("of maximum", "ended", "IQM of seeds")],
-        )
+        columns = [column for column in columns if column[0] not in ("of maximum", "ended", "IQM of seeds")]
+        table = _table(summary.main, columns, _about(summary))
     console.print(table)
     if pairs := shown_pairs(summary):
         console.print(Text("Policies against each other, the one with more gold first", style="bold"))
         console.print(_pairs_table(summary, pairs))
+    if columns := _pass_columns(summary.main):
+        table = _table(summary.main, columns, PASS)
+        if _too_wide(table, console):
+            table = _table(summary.main, [(words, _value(cell)) for words, cell in columns], PASS)
+        console.print(table)
     console.print(Text(headline(summary)))
     console.print(Text(seed_note(summary), style="yellow" if summary.seeds < ENOUGH_SEEDS else "dim"))
     for notice in _notes(summary):
@@ -150,9 +154,9 @@ def _verdict(p: Pair) -> str:
     return "more" if p.difference.value > 0 else "less"
 
 
-def _table(summary: Summary, columns: Sequence[tuple[str, Any]]) -> Table:
+def _table(rows: Sequence[Row], columns: Sequence[tuple[str, Any]], title: str) -> Table:
     table = Table(
-        title=_about(summary),
+        title=title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -162,10 +166,14 @@ def _table(summary: Summary, columns: Sequence[tuple[str, Any]]) -> Table:
     table.add_column("policy", no_wrap=True)
     for words, _ in columns:
         table.add_column(words.replace(" (", "\n("), justify="right", no_wrap=True)
-    for row in summary.main:
+    for row in rows:
         cells = (Text("\n".join(part for part in cell(row) if part)) for _, cell in columns)
         table.add_row(Text(row.label, style="dim" if row.is_baseline else ""), *cells)
     return table
+
+
+def _too_wide(table: Table, console: Console) -> bool:
+    return Measurement.get(console, console.options.update(width=1000), table).maximum > console.width
 
 
 def _value(cell: Any) -> Any:
@@ -196,6 +204,20 @@ def _columns(summary: Summary, rows: Sequence[Row] | None = None) -> list[tuple[
     return [(words, cell) for words, filled, cell in columns if filled]
 
 
+def _pass_columns(rows: Sequence[Row]) -> list[tuple[str, Any]]:
+    """The columns of the table of right and wrong answers; none where no gold reward says right or wrong."""
+    ks = sorted({k for row in rows for k in row.pass_at})
+    if not ks:
+        return []
+    tokens = lambda value: (_maybe(value, 1), "")  # noqa: E731
+    return [
+        *((f"pass@{k}", lambda r, k=k: _cell(r.pass_at.get(k), percent=True)) for k in ks),
+        ("all alike", lambda r: _cell(r.zero_variance, percent=True)),
+        ("length right", lambda r: tokens(r.length_right)),
+        ("length wrong", lambda r: tokens(r.length_wrong)),
+    ]
+
+
 def _cell(
     interval: Interval | None, digits: int = 2, percent: bool = False, plus: bool = False
 ) -> tuple[str, str]:
@@ -208,8 +230,8 @@ def _cell(
     return value, limits(interval, digits, percent)
 
 
-def _maybe(value: float | None) -> str:
-    return DASH if value is None else number(value)
+def _maybe(value: float | None, digits: int = 2) -> str:
+    return DASH if value is None else number(value, digits)
 
 
 def _about(summary: Summary) -> str:
@@ -262,10 +284,13 @@ def _flat(row: Row) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
-        if field.name == "criteria":
+        if field.name in ("criteria", "pass_at"):
+            prefix = {"criteria": "criterion_", "pass_at": "pass_at_"}[field.name]
             for name, interval in value.items():
-                out |= _limits_of(f"criterion_{name}", interval)
-        elif isinstance(value, Interval) or field.name in ("share", "gain", "win", "proxy", "kl"):
+                out |= _limits_of(f"{prefix}{name}", interval)
+        elif isinstance(value, Interval) or field.name in (
+            "share", "gain", "win", "proxy", "kl", "zero_variance",
+        ):  # fmt: skip
             out |= _limits_of(field.name, value)
         else:
             out[field.name] = value
@@ -349,8 +374,9 @@ def _html(summary: Summary, figures: list[plots.Figure]) -> str:
         looks=looks,
         columns=_columns(summary),
         rows=summary.main,
+        pass_columns=_pass_columns(summary.main),
         splits=[
-            (split, rows, _columns(summary, rows))
+            (split, rows, _columns(summary, rows), _pass_columns(rows))
             for split in summary.splits
             if (rows := [row for row in summary.rows if row.split == split and row not in summary.main])
         ],

@@ -1,15 +1,17 @@
 """The numbers of a report: one row per policy and split, and the sentences that say what they show."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jrlhf.compare.evaluations import Evaluation, Policy, read_evaluations
+from jrlhf.compare.evaluations import Evaluation, Policy, Split, read_evaluations
 from jrlhf.compare.pairs import Pair, all_pairs, pair
 from jrlhf.compare.runs import Run, read_run
-from jrlhf.compare.statistics import Interval, interquartile_mean, mean_interval, rate_interval
+from jrlhf.compare.statistics import Interval, Scores, interquartile_mean, mean_interval, rate_interval
+from jrlhf.ops.pass_at_k import is_verdict, pass_at_k, powers_of_two, zero_variance
 
 ENOUGH_SEEDS = 3
 FEW_PAIRS = 6  # of four policies
@@ -34,6 +36,10 @@ class Row:
     length: Interval
     ended: Interval
     criteria: dict[str, Interval]
+    pass_at: dict[int, Interval]  # by k; empty but for several answers, each right (gold 1) or wrong (gold 0)
+    zero_variance: Interval | None  # share of prompts whose answers are all right or all wrong
+    length_right: float | None  # mean over right answers, and over wrong ones; None where there are none
+    length_wrong: float | None
     middle: float | None  # interquartile mean of gold over training runs
     prompts: int
     distinct: int | None  # of these prompts; None where the evaluation did not record them
@@ -148,12 +154,41 @@ def _row(evaluation: Evaluation, policy: Policy, name: str) -> Row:
         length=mean_interval(split.length),
         ended=rate_interval(split.ended),
         criteria={key: mean_interval(scores) for key, scores in split.criteria.items()},
+        **_verified(split, verdicts=_are_verdicts(evaluation, name) and policy.kl_exact is None),
         middle=interquartile_mean(split.gold),
         prompts=len(split.gold[0]),
         distinct=len(set(prompts)) if prompts else None,
         answers=int(np.median([len(answers) for answers in split.gold[0]])),
         seeds=len(policy.folders),
     )
+
+
+def _are_verdicts(evaluation: Evaluation, name: str) -> bool:
+    """Whether the gold reward says right or wrong of every answer that was sampled (best-of-n holds expectations)."""
+    sampled = (p.splits[name].gold for p in evaluation.policies if name in p.splits and p.kl_exact is None)
+    return all(is_verdict(answers) for gold in sampled for run in gold for answers in run)
+
+
+def _verified(split: Split, verdicts: bool) -> dict[str, Any]:
+    """The fields of a `Row` that are known where answers are right or wrong and each prompt has several."""
+    least = min(len(answers) for run in split.gold for answers in run)
+    if not verdicts or least < 2:
+        return {"pass_at": {}, "zero_variance": None, "length_right": None, "length_wrong": None}
+
+    def by_prompt(measure: Callable[[np.ndarray], np.ndarray]) -> Scores:  # measure: [1, N] -> [1]
+        return [[[float(measure(np.asarray([answers]))[0])] for answers in run] for run in split.gold]
+
+    flat = lambda scores: np.concatenate([answers for run in scores for answers in run])  # noqa: E731
+    right, tokens = flat(split.gold) == 1, flat(split.length)
+    return {
+        "pass_at": {
+            k: rate_interval(by_prompt(lambda answers, k=k: pass_at_k(answers, k)))  # type: ignore[misc]
+            for k in powers_of_two(least)
+        },
+        "zero_variance": rate_interval(by_prompt(zero_variance)),
+        "length_right": float(tokens[right].mean()) if right.any() else None,
+        "length_wrong": float(tokens[~right].mean()) if not right.all() else None,
+    }
 
 
 # --- in words -------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from jrlhf.data.chat import ChatTemplate, Message, Rewritten, answer_messages, p
 from jrlhf.data.report import Report
 from jrlhf.data.sources import read
 from jrlhf.data.tokenizer import CHOOSE_TEMPLATE, Tokenizer
-from jrlhf.types import PreferenceBatch
+from jrlhf.types import PreferenceBatch, StepBatch
 
 
 class Example(NamedTuple):
@@ -37,6 +37,15 @@ class PreferenceExample(NamedTuple):
     answers: tuple[Example, ...]  # prompt + answer + EOS; loss_mask marks the answer and EOS
     ranks: np.ndarray  # [K] int32
     margins: np.ndarray  # [K] float32
+    criteria: dict[str, list[float]]  # K numbers by name
+
+
+class StepExample(NamedTuple):
+    """A prompt and the steps of an answer to it. T tokens, no padding."""
+
+    ids: np.ndarray  # [T] int32
+    ends: np.ndarray  # [T] bool, the last token of a step
+    labels: np.ndarray  # [T] float32, -1 where there is none
 
 
 # --- rows to ids ------------------------------------------------------------------------------------------
@@ -294,7 +303,44 @@ def encode_preference(
         tuple(answers),
         np.asarray(row["ranks"], np.int32),
         np.asarray(row.get("scores", [0.0] * len(answers)), np.float32),
+        row.get("criteria", {}),
     )
+
+
+def encode_steps(
+    row: dict,
+    tokenizer: Tokenizer,
+    max_len: int,
+    separator: str,
+    too_long: str = "error",
+    report: Report | None = None,
+) -> StepExample | None:
+    """BOS + prompt + steps, each followed by `separator` and encoded by itself, at most `max_len` tokens.
+
+    A step ends with the last token of its separator; no special token is needed. A longer row is a UserError, or None
+    with `too_long="drop"`; with "truncate_left" the prompt loses its beginning.
+    """
+    report = Report() if report is None else report
+    bos, prompt = _prompt(row, tokenizer)
+    steps = [tokenizer.encode(step + separator) for step in row["steps"]]
+    tokens = len(bos) + len(prompt) + sum(map(len, steps))
+    if (excess := max(tokens - max_len, 0)) > 0:
+        if not _too_long(too_long, "truncate_left", tokens, max_len, prompt_text(row["prompt"]), report):
+            return None
+        if excess > len(prompt):
+            report.dropped[f"its steps fill {max_len} tokens"] += 1
+            return None
+        report.changed["prompt lost its beginning"] += 1
+    report.kept += 1
+    ids = [*bos, *prompt[excess:]]
+    places, values = [], []
+    for step, label in zip(steps, row["labels"], strict=True):
+        ids += step
+        places.append(len(ids) - 1)
+        values.append(-1.0 if label is None else float(label))
+    ends, labels = np.zeros(len(ids), bool), np.full(len(ids), -1.0, np.float32)
+    ends[places], labels[places] = True, values
+    return StepExample(np.asarray(ids, np.int32), ends, labels)
 
 
 def encode_rows(rows: Iterable[dict], encode: Callable[..., Any], where: str = "") -> tuple[list, Report]:
@@ -398,13 +444,21 @@ def pack_texts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[
 
 
 def stack_preferences(
-    examples: Sequence[PreferenceExample], max_len: int, max_responses: int, pad_id: int = 0
+    examples: Sequence[PreferenceExample],
+    max_len: int,
+    max_responses: int,
+    pad_id: int = 0,
+    criteria: Sequence[str] = (),
 ) -> PreferenceBatch:
-    """Encoded preferences as numpy arrays [B, max_responses, max_len]; a missing answer is masked, rank 0."""
+    """Encoded preferences as numpy arrays [B, max_responses, max_len]; a missing answer is masked, rank 0.
+
+    criteria: those whose scores are wanted, NaN where a row has none.
+    """
     B, K, T = len(examples), max_responses, max_len
     tokens = np.full((B, K, T), pad_id, np.int32)
     mask, response_mask = np.zeros((B, K, T), bool), np.zeros((B, K, T), bool)
     ranks, margins = np.zeros((B, K), np.int32), np.zeros((B, K), np.float32)
+    values = np.full((B, K, len(criteria)), np.nan, np.float32)
     for b, example in enumerate(examples):
         k = len(example.answers)
         if k > K:
@@ -413,7 +467,19 @@ def stack_preferences(
         tokens[b, :k], mask[b, :k] = padded["tokens"], padded["mask"]
         response_mask[b, :k] = padded["loss_mask"]
         ranks[b, :k], margins[b, :k] = example.ranks, example.margins
-    return PreferenceBatch(tokens, mask, response_mask, ranks, margins)
+        for c, name in enumerate(criteria):
+            if name in example.criteria:
+                values[b, :k, c] = example.criteria[name]
+    return PreferenceBatch(tokens, mask, response_mask, ranks, margins, values if criteria else ())
+
+
+def stack_steps(examples: Sequence[StepExample], max_len: int, pad_id: int = 0) -> StepBatch:
+    """Encoded answers in steps as numpy arrays [B, max_len], padded on the right."""
+    padded = pad_batch([e.ids for e in examples], max_len, "right", pad_id)
+    ends, labels = np.zeros_like(padded["mask"]), np.full(padded["mask"].shape, -1.0, np.float32)
+    for b, example in enumerate(examples):
+        ends[b, : len(example.ids)], labels[b, : len(example.ids)] = example.ends, example.labels
+    return StepBatch(padded["tokens"], padded["mask"], ends, labels)
 
 
 def preference_batch(

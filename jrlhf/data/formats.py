@@ -434,6 +434,21 @@ def _stepwise(record: dict, place: str, report: Report) -> Iterator[dict]:
         prompt += step + "\n"
 
 
+def _steps(record: dict, place: str, report: Report) -> Iterator[dict]:
+    steps, labels = _parsed(record["steps"]), _parsed(record["labels"])
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
+        raise Unfit("'steps' and 'labels' are not lists of one length")
+    if not steps or any(not _text(step, "steps").strip() for step in steps):
+        raise Unfit("a step is empty")
+    labels = [label if label is None else _number(label) for label in labels]
+    if wrong := [label for label in labels if label is not None and not (0 <= label <= 1 or label == -1)]:
+        raise Unfit(f"a label is {wrong[0]}, not 0 to 1")
+    prompt = _spoken(record["prompt"], place)
+    if isinstance(prompt, list) and (fault := order_fault(prompt, "prompt")):
+        raise Unfit(fault)
+    yield {"prompt": prompt, "steps": steps, "labels": labels, **_tools(record)}
+
+
 def _ranking(record: dict, place: str, report: Report) -> Iterator[dict]:
     answers = _parsed(record["responses"])
     if not isinstance(answers, list) or len(answers) < 2:
@@ -634,6 +649,7 @@ FORMATS: Mapping[str, Format] = {
     "binary": Format(("prompt", "completion", "label"), "binary", _binary, ("tools",)),
     "messages_binary": Format(("messages", "label"), "binary", _messages_binary, ("tools", "system")),
     "stepwise": Format(("prompt", "completions", "labels"), "binary", _stepwise),
+    "steps": Format(("prompt", "steps", "labels"), "steps", _steps, ("tools",)),
     "qa_feedback": Format(_PAIRS, "preference", _qa_feedback),
     "qa_feedback_pairs": Format(_PAIRS, "preference", _qa_feedback_pairs, guess=False),
     "pandalm": Format(_VOTES, "preference", _pandalm, ("input",)),
@@ -647,7 +663,8 @@ KINDS_FROM: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "demonstration": ("demonstration", "prompt"),
     "preference": ("preference", "demonstration", "prompt"),
-    "binary": ("binary", "demonstration", "prompt"),
+    "binary": ("binary", "demonstration", "prompt", "steps"),  # an outcome is the label of an only step
+    "steps": ("steps", "prompt"),
 }
 _ONLY_PREFERENCE = ("responses", "ranks", "scores", "criteria", "labeler")
 
@@ -658,7 +675,15 @@ def _as_kind(row: dict, kind: str, wanted: str) -> dict:
     if "messages" in row:  # a conversation, of which the prompt is all before the last answer
         return {"prompt": _last_turn(row["messages"])[0], **{k: v for k, v in row.items() if k == "tools"}}
     if wanted == "prompt":
-        return {k: v for k, v in row.items() if k not in (*_ONLY_PREFERENCE, "completion", "label")}
+        return {k: v for k, v in row.items() if k not in (*_ONLY_PREFERENCE, "completion", "label", "steps", "labels")}
+    if wanted == "steps":
+        answer = row["completion"]
+        if isinstance(answer, list):
+            if len(answer) > 1 or answer[0].get("tool_calls"):
+                raise Unfit("an answer of several messages is no step")
+            answer = answer[0]["content"]
+        rest = {k: v for k, v in row.items() if k not in ("completion", "label")}
+        return {**rest, "steps": [answer], "labels": [float(row["label"])]}
     if kind == "binary":
         if not row["label"]:
             raise Unfit("an undesirable answer is no demonstration")

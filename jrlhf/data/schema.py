@@ -19,12 +19,14 @@ SCHEMAS: Mapping[str, tuple[str, ...]] = {
     "demonstration": ("prompt", "completion"),  # or `messages` alone
     "preference": ("prompt", "responses", "ranks"),
     "binary": ("prompt", "completion", "label"),
+    "steps": ("prompt", "steps", "labels"),
     "prompt": ("prompt",),
 }
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "demonstration": ("messages", "tools"),
     "preference": ("scores", "criteria", "labeler", "ended", "tools"),
     "binary": ("tools",),
+    "steps": ("tools",),
     "prompt": ("answer", "tools"),
 }
 ROLES = ("system", "user", "assistant", "tool")
@@ -58,6 +60,8 @@ def check_row(row: Any, kind: str, place: str) -> dict:
         _check_preference(row, place)
     if kind == "binary" and not isinstance(row["label"], bool):
         raise UserError(f"{place}: field 'label' is {row['label']!r}, expected true or false.")
+    if kind == "steps":
+        _check_steps(row, place)
     return row
 
 
@@ -153,6 +157,24 @@ def _check_preference(row: dict, place: str) -> None:
     scores = {"scores": row["scores"]} if "scores" in row else {}
     for name, values in {**scores, **{f"criteria.{k}": v for k, v in criteria.items()}}.items():
         _check_numbers(values, name, len(responses), place, (int, float))
+
+
+def _check_steps(row: dict, place: str) -> None:
+    steps, labels = row["steps"], row["labels"]
+    if not isinstance(steps, list) or not steps:
+        raise UserError(f"{place}: field 'steps' must be a list of at least 1 text.")
+    for i, step in enumerate(steps):
+        check_text(step, f"steps[{i}]", place)
+        if not step.strip():
+            raise UserError(f"{place}: field 'steps[{i}]' is empty.")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise UserError(f"{place}: field 'labels' must be a list of {len(steps)} labels, one per step.")
+    for label in labels:
+        number = isinstance(label, (int, float)) and (0 <= label <= 1 or label == -1)
+        if label is not None and not number:
+            raise UserError(
+                f"{place}: field 'labels' holds {label!r}, expected 0 (wrong) to 1 (right), or null or -1 for no label."
+            )
 
 
 def _check_numbers(values: Any, name: str, count: int, place: str, types: tuple[Any, ...]) -> None:

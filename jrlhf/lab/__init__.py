@@ -1,4 +1,4 @@
-"""The built-in world: a text generator, its gold reward and simulated labellers, all of known truth."""
+"""The built-in worlds: text generators, their gold rewards and simulated labellers, all of known truth."""
 
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +18,19 @@ from jrlhf.lab.larder import (
     parse_prompt,
     vocabulary,
 )
+from jrlhf.lab.sorter import (
+    SorterDemonstrations,
+    SorterPrompts,
+    SorterSteps,
+    SorterText,
+    SorterVocabulary,
+    sorter_answer,
+    sorter_gold,
+    sorter_maximum,
+    sorter_scores,
+    sorter_steps,
+    step_labels,
+)
 
 if TYPE_CHECKING:
     from jrlhf.types import RewardFn
@@ -27,11 +40,15 @@ REWARDS: "dict[str, RewardFn]" = {
     "larder_gold": larder_gold,
     "larder_gold_A": partial(group_gold, "A"),
     "larder_gold_B": partial(group_gold, "B"),
+    "sorter_answer": sorter_answer,
+    "sorter_gold": sorter_gold,
+    "sorter_steps": sorter_steps,
 }
 
-# What is known of some rewards: the mean over prompts of the best possible value, and the criteria they sum.
-MAXIMA = {"larder_gold": gold_maximum}
-CRITERIA = {"larder_gold": gold_scores}
+# What is known of some rewards: the mean over prompts of the best possible value, and the criteria behind them.
+_SORTER = ("sorter_answer", "sorter_gold", "sorter_steps")
+MAXIMA = {"larder_gold": gold_maximum, **dict.fromkeys(_SORTER, sorter_maximum)}
+CRITERIA = {"larder_gold": gold_scores, **dict.fromkeys(_SORTER, sorter_scores)}
 
 __all__ = [
     "CRITERIA",
@@ -42,6 +59,11 @@ __all__ = [
     "LarderPrompts",
     "LarderText",
     "LarderVocabulary",
+    "SorterDemonstrations",
+    "SorterPrompts",
+    "SorterSteps",
+    "SorterText",
+    "SorterVocabulary",
     "demonstrate",
     "gold_maximum",
     "gold_scores",
@@ -52,5 +74,11 @@ __all__ = [
     "parse_completion",
     "parse_prompt",
     "rank_by_utility",
+    "sorter_answer",
+    "sorter_gold",
+    "sorter_maximum",
+    "sorter_scores",
+    "sorter_steps",
+    "step_labels",
     "vocabulary",
 ]

@@ -392,6 +392,11 @@ def save_hf(
         raise UserError(f"dtype: {dtype!r} is unknown.{did_you_mean(dtype, ('float32', 'bfloat16'))}")
     if max_shard_bytes <= 0:
         raise UserError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    if model.heads != 1:
+        raise UserError(
+            f"a reward model of {model.heads} heads cannot be written: combine them into one first "
+            "(transformer.combine_heads)"
+        )
     _check_target(folder, overwrite)
     tokenizer = Path(tokenizer_folder) if tokenizer_folder is not None else None
     if tokenizer is not None and not any((tokenizer / n).is_file() for n in TOKENIZER_MODELS):

@@ -4,28 +4,33 @@ Parameters are a plain dict:
 
     embed/embedding [V, D]          layers/{attn_norm, attn/{q,k,v,o}, mlp_norm, mlp/{gate,up,down}} [L, ...]
     final_norm/scale [D]            lm_head/kernel [D, V] (untied language model)
-    score/{kernel [D, 1], bias [1]} (scalar head: reward model, critic)
+    score/{kernel [D, 1], bias [1]} (scalar head: reward model, critic; n heads: [D, n] and [n])
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.layers import Block, LayerCache, View, Views, fan_in, gathered, logical, norm
 from jrlhf.models.lora import join, split
 from jrlhf.models.rope import rotation
+from jrlhf.ops.distillation import chunked_divergence
+from jrlhf.ops.kl import full_kl
 from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy
 from jrlhf.ops.masking import positions_from_mask
 from jrlhf.sharding import constrain, path_names
 from jrlhf.types import Params
 
 Cache = list[LayerCache]
+Normal = float | Sequence[float]  # of all scalar heads, or of each
 
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -38,6 +43,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     head: str
+    heads: int = 1
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, mask_BTT):
@@ -61,7 +67,7 @@ class Decoder(nn.Module):
         x_BTD, (_, balance_L2E) = layers(c, name="layers")(x_BTD, windowed_L, views)
         x_BTD = norm(c, "final_norm")(x_BTD)
         if self.head == "scalar":
-            ScalarHead(name="score")(x_BTD)
+            ScalarHead(self.heads, name="score")(x_BTD)
         elif not c.tie_embeddings:
             UntiedHead(c, name="lm_head")(x_BTD[:, :1])
         return x_BTD, None if balance_L2E is None else jnp.mean(balance_L2E, axis=0)
@@ -115,19 +121,29 @@ class UntiedHead(nn.Module):
 
 
 class ScalarHead(nn.Module):
-    """A linear scalar head, kernel ~ N(0, 1 / (d + 1)) (Stiennon et al. 2020), in float32."""
+    """Linear scalar heads, kernel ~ N(0, 1 / (d + 1)) (Stiennon et al. 2020), in float32."""
+
+    heads: int = 1
 
     @nn.compact
     def __call__(self, x_BTD):
         d = x_BTD.shape[-1]
         init = nn.initializers.normal((d + 1) ** -0.5)
-        kernel = self.param("kernel", logical(init, "embed", "scalar"), (d, 1), jnp.float32)
-        bias = self.param("bias", logical(nn.initializers.zeros, "scalar"), (1,), jnp.float32)
-        return scalar_head({"kernel": kernel, "bias": bias}, x_BTD)
+        kernel = self.param("kernel", logical(init, "embed", "scalar"), (d, self.heads), jnp.float32)
+        bias = self.param("bias", logical(nn.initializers.zeros, "scalar"), (self.heads,), jnp.float32)
+        return scalar_heads({"kernel": kernel, "bias": bias}, x_BTD)
+
+
+def scalar_heads(head: Params, x_BTD: jax.Array) -> jax.Array:
+    """[B, T, n] float32 scores of every head."""
+    scores_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), head["kernel"])
+    return scores_BTN + head["bias"][None, None]
 
 
 def scalar_head(head: Params, x_BTD: jax.Array) -> jax.Array:
-    """[B, T] float32 scores."""
+    """[B, T] float32 scores of the only head."""
+    if (n := head["kernel"].shape[1]) != 1:
+        raise ValueError(f"there are {n} scalar heads where one is wanted: combine them (combine_heads)")
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head["kernel"][:, 0]) + head["bias"][0]
 
 
@@ -144,6 +160,7 @@ class Model:
 
     config: ModelConfig
     head: Literal["lm", "scalar"] = "lm"
+    heads: int = 1  # scalar heads: members of an ensemble, or criteria
 
     @property
     def n_params(self) -> int:
@@ -152,7 +169,7 @@ class Model:
     @property
     def base(self) -> "Model":
         """The same model without adapters."""
-        return Model(replace(self.config, lora=LoRAConfig()), self.head)
+        return replace(self, config=replace(self.config, lora=LoRAConfig()))
 
     def whole(self, trained: Params, frozen: Params | None) -> Params:
         """All parameters: `trained` is all of them, or with adapters what is trained beside a frozen base."""
@@ -167,7 +184,7 @@ class Model:
         return jax.jit(lambda key: split(self.init(key))[1])(key)  # the compiler leaves out what is not kept
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, self.head)
+        return Decoder(self.config, self.head, self.heads)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters."""
@@ -252,9 +269,53 @@ class Model:
         hidden = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)
         return self.logprobs_of_hidden(params, hidden[:, start - 1 : -1], tokens_BT[:, start:], temperature)
 
+    def divergence(
+        self,
+        params: Params,
+        other_params: Params,
+        tokens_BT,
+        segment_ids_BT,
+        start: int = 1,
+        temperature: jax.Array | float = 1.0,
+        of: Callable[[jax.Array, jax.Array], jax.Array] = full_kl,
+        other: "Model | None" = None,
+        positions_BT=None,
+    ) -> jax.Array:
+        """A divergence between this model's and another's next-token distributions, at the positions that predict
+        tokens [start, T): [B, T - start] float32, over the whole vocabulary.
+
+        `of(logits, other's logits)` is KL(this‖other) by default, exact at each state, without sampling noise; those
+        of `ops.distillation` fit as well. `other` is the model of `other_params` (None: this one without adapters).
+        The temperature divides the logits of both. Ids that only the larger vocabulary has are left out.
+
+        Gradient: that of `of` at each state with respect to `params`; the other model is a constant. The tokens are
+        constants too, so that on samples of this model it leaves out that the model chooses which states it reaches.
+        Padding and segment starts hold numbers without meaning: mask them.
+        """
+        other = self.base if other is None else other
+        other_params = jax.lax.stop_gradient(other_params)
+        hidden_BTD = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        other_BTD = other.hidden(other_params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        sizes = {(c.vocab_size, c.padded_vocab) for c in (self.config, other.config)}
+        shared = min(sizes)[0] if len(sizes) > 1 else self.config.padded_vocab
+
+        def compare(logits, other_logits):
+            return of(logits[..., :shared] / temperature, other_logits[..., :shared] / temperature)
+
+        chunk = self.config.logits_chunk
+        if chunk and chunk < hidden_BTD.shape[1]:
+            kernels = (self.lm_kernel(params), other.lm_kernel(other_params))
+            capped = lambda logits, others: compare(self.cap_logits(logits), other.cap_logits(others))  # noqa: E731
+            return chunked_divergence(capped, (hidden_BTD, other_BTD), kernels, chunk=chunk)
+        return compare(self.logits(params, hidden_BTD), other.logits(other_params, other_BTD))
+
     def scores(self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None) -> jax.Array:
         """Scalar head at every token, [B, T] float32."""
         return scalar_head(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT))
+
+    def head_scores(self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None) -> jax.Array:
+        """Every scalar head at every token, [B, T, n] float32."""
+        return scalar_heads(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT))
 
     # --- decoding: the same blocks, unrolled, with an explicit cache -------------------------------------------
 
@@ -301,17 +362,28 @@ def _apply(module: nn.Module, params: Params, *args) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def with_scalar_head(params: Params, key: jax.Array) -> Params:
-    """A language model's parameters with the LM head off and a fresh linear scalar head on."""
+def with_scalar_head(params: Params, key: jax.Array, heads: int = 1) -> Params:
+    """A language model's parameters with the LM head off and fresh linear scalar heads on."""
     d = params["final_norm"]["scale"].shape[0]
     head = {
-        "kernel": jax.random.normal(key, (d, 1), jnp.float32) * (d + 1) ** -0.5,
-        "bias": jnp.zeros((1,), jnp.float32),
+        "kernel": jax.random.normal(key, (d, heads), jnp.float32) * (d + 1) ** -0.5,
+        "bias": jnp.zeros((heads,), jnp.float32),
     }
     return {k: v for k, v in params.items() if k != "lm_head"} | {"score": head}
 
 
-def fold_normalization(params: Params, mean: float, std: float) -> Params:
-    """A reward model whose scores are (score - mean) / std."""
+def fold_normalization(params: Params, mean: Normal, std: Normal) -> Params:
+    """A reward model whose scores are (score - mean) / std; one mean and std for all heads, or one for each."""
     score = params["score"]
-    return params | {"score": {"kernel": score["kernel"] / std, "bias": (score["bias"] - mean) / std}}
+    mean_N, std_N = (np.atleast_1d(np.asarray(x, np.float32)) for x in (mean, std))
+    return params | {
+        "score": {"kernel": score["kernel"] / std_N[None], "bias": (score["bias"] - mean_N) / std_N}
+    }
+
+
+def combine_heads(params: Params, weights: Sequence[float]) -> Params:
+    """A reward model of one head, whose score is the weighted sum of those that there are."""
+    score, weights_N = params["score"], np.asarray(weights, np.float32)
+    return params | {
+        "score": {"kernel": score["kernel"] @ weights_N[:, None], "bias": (score["bias"] @ weights_N)[None]}
+    }

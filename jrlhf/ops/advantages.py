@@ -60,6 +60,31 @@ def rloo_advantages(rewards: Array, group_size: int) -> jax.Array:
     return (groups - others).reshape(-1)
 
 
+def leave_one_out_advantages(rewards: Array) -> jax.Array:
+    """Reward minus the mean of all *other* rewards of the batch, [N] -> [N] float32: REINFORCE with a baseline.
+
+    The baseline does not depend on the answer that it is subtracted from, so the gradient stays unbiased
+    (Williams 1992).
+    """
+    return rloo_advantages(rewards, rewards.shape[0])
+
+
+def reward_to_go(rewards: Array, mask: Array, gamma: float = 1.0) -> jax.Array:
+    """Σ_{s≥t} gamma^(s-t) r_s over unmasked tokens, rewards, mask [B, T] -> [B, T] float32, 0 where masked.
+
+    What a policy gradient multiplies ∇log π(a_t) with when there is no critic.
+    """
+    return gae(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def overlong_penalty(length: Array, slots: int, buffer: float) -> jax.Array:
+    """Soft overlong punishment (DAPO, Yu et al. 2025, eq. 13), lengths [B] -> [B] in [0, 1], to be subtracted.
+
+    0 up to `slots - buffer` tokens, then linear, 1 for an answer that fills all `slots`.
+    """
+    return jnp.clip((length.astype(jnp.float32) - (slots - buffer)) / buffer, 0.0, 1.0)
+
+
 def _groups(rewards: Array, group_size: int) -> jax.Array:
     if group_size < 2:
         raise ValueError(f"a group baseline needs at least 2 answers per prompt, got group_size={group_size}")

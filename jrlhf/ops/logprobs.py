@@ -6,6 +6,7 @@ log-softmax, in the sampler and here alike.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def logprobs_and_entropy(
 
 
 @jax.custom_vjp
-def _project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+def project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     """hidden [..., D] @ kernel [D, V]: products in the hidden's dtype, sums and result in float32.
 
     The derivative is written out to keep its products in that dtype as well: left alone, the float32
@@ -47,7 +48,7 @@ def _project(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _project_fwd(hidden, kernel):
-    return _project(hidden, kernel), (hidden, kernel)
+    return project(hidden, kernel), (hidden, kernel)
 
 
 def _project_bwd(saved, cotangent):
@@ -59,7 +60,7 @@ def _project_bwd(saved, cotangent):
     return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype)
 
 
-_project.defvjp(_project_fwd, _project_bwd)
+project.defvjp(_project_fwd, _project_bwd)
 
 
 def chunked_logprobs_and_entropy(
@@ -79,27 +80,35 @@ def chunked_logprobs_and_entropy(
     to them before the temperature (a soft-cap). The product is taken in
     `hidden.dtype` and summed in float32; the kernel's gradient is accumulated in the kernel's dtype.
     """
+
+    def one_chunk(kernel, hidden, targets):
+        return logprobs_and_entropy(of_logits(project(hidden, kernel)), targets, temperature)
+
+    return in_chunks_of_positions(one_chunk, kernel, (hidden, targets), chunk)
+
+
+def in_chunks_of_positions(
+    f: Callable[..., Any], shared: Any, arrays: tuple[jax.Array, ...], chunk: int
+) -> Any:
+    """`f(shared, *arrays)` on `chunk` positions at a time, for an f that treats positions apart.
+
+    arrays [B, T, ...] -> a tree of [B, T, ...]. A scan along T of which nothing is kept for the backward pass: it
+    calls f again on each chunk. The gradient of `shared` (a head's kernel) is accumulated in its own dtype.
+    """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    B, T, D = hidden.shape
+    B, T = arrays[0].shape[:2]
     chunk = min(chunk, T)
     n_chunks = -(-T // chunk)
-    padding = n_chunks * chunk - T
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    chunks = (
-        jnp.swapaxes(hidden.reshape(B, n_chunks, chunk, D), 0, 1),
-        jnp.swapaxes(targets.reshape(B, n_chunks, chunk), 0, 1),
-    )
 
-    @jax.checkpoint
-    def one_chunk(kernel, hidden, targets):
-        return logprobs_and_entropy(of_logits(_project(hidden, kernel)), targets, temperature)
+    def split(x):  # [B, T, ...] -> [n_chunks, B, chunk, ...]
+        x = jnp.pad(x, ((0, 0), (0, n_chunks * chunk - T), *((0, 0) for _ in x.shape[2:])))
+        return jnp.swapaxes(x.reshape(B, n_chunks, chunk, *x.shape[2:]), 0, 1)
 
-    # Closing over the kernel uncast makes the backward scan accumulate its gradient in its own dtype.
-    _, (logprobs, entropies) = jax.lax.scan(lambda carry, xs: (carry, one_chunk(kernel, *xs)), None, chunks)
+    def merge(x):  # [n_chunks, B, chunk, ...] -> [B, T, ...]
+        return jnp.swapaxes(x, 0, 1).reshape(B, n_chunks * chunk, *x.shape[3:])[:, :T]
 
-    def merge(x):  # [n_chunks, B, chunk] -> [B, T]
-        return jnp.swapaxes(x, 0, 1).reshape(B, n_chunks * chunk)[:, :T]
-
-    return merge(logprobs), merge(entropies)
+    # Closing over `shared` uncast makes the backward scan accumulate its gradient in its own dtype.
+    step = jax.checkpoint(f)
+    _, out = jax.lax.scan(lambda carry, xs: (carry, step(shared, *xs)), None, jax.tree.map(split, arrays))
+    return jax.tree.map(merge, out)

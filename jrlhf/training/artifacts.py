@@ -13,7 +13,7 @@ from jrlhf.config import UserError, from_dict, to_dict
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.lora import merged, split
-from jrlhf.models.transformer import Model, fold_normalization, with_scalar_head
+from jrlhf.models.transformer import Model, combine_heads, fold_normalization, with_scalar_head
 from jrlhf.sharding import state_shardings
 from jrlhf.types import Params
 
@@ -32,6 +32,8 @@ def save_model(folder: Path, model: Model, params: Params, tokenizer: Tokenizer,
     """`<folder>/model` and `<folder>/tokenizer`."""
     tokenizer.save(folder / "tokenizer")
     meta = {"model": to_dict(model.config), "head": model.head, "tokenizer": tokenizer.fingerprint()} | meta
+    if model.heads != len(meta.get("heads", {"names": [model.head]})["names"]):
+        raise ValueError(f"the model has {model.heads} scalar heads: `heads` must say what they are")
     save_params(folder / "model", params, meta)
 
 
@@ -50,8 +52,18 @@ def model_meta(folder: Path, head: str = "lm") -> dict[str, Any]:
     return meta
 
 
-def load_model(folder: Path, mesh: Mesh, head: Literal["lm", "scalar"] = "lm", **changes: Any) -> Loaded:
+def load_model(
+    folder: Path,
+    mesh: Mesh,
+    head: Literal["lm", "scalar"] = "lm",
+    *,
+    every_head: bool = False,
+    **changes: Any,
+) -> Loaded:
     """The model of a stage folder. A reward model's normalisation is folded into its head.
+
+    A reward model's several heads are combined into one as its stage said, or with `every_head` kept apart, each
+    normalised by itself.
 
     `changes` replace numerics of the saved config that do not touch parameters (remat, attention, dtype).
     """
@@ -62,16 +74,33 @@ def load_model(folder: Path, mesh: Mesh, head: Literal["lm", "scalar"] = "lm", *
             f"{folder / 'tokenizer'} is not the tokenizer that the model in {folder} was trained with"
         )
     config = replace(from_dict(ModelConfig, meta["model"], f"{folder}/model"), **changes)
-    model = Model(config, head)
+    model = Model(config, head, _n_heads(meta))
     abstract, axes = shapes_and_axes(model)
     shardings = state_shardings(mesh, abstract, axes)
     template = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
     params, _ = load_params(folder / "model", template)
-    if "normalization" in meta:
-        params = fold_normalization(params, meta["normalization"]["mean"], meta["normalization"]["std"])
+    model, params = _with_final_heads(model, params, meta, every_head)
     return Loaded(model, params, tokenizer, meta)
+
+
+def _n_heads(meta: dict[str, Any]) -> int:
+    return len(meta["heads"]["names"]) if "heads" in meta else 1
+
+
+def _with_final_heads(
+    model: Model, params: Params, meta: dict[str, Any], every_head: bool
+) -> tuple[Model, Params]:
+    """The model with its scalar heads normalised, and combined into one unless each is wanted."""
+    heads = meta.get("heads")
+    if heads and every_head:
+        return model, fold_normalization(params, heads["mean"], heads["std"])
+    if heads:
+        model, params = replace(model, heads=1), combine_heads(params, heads["weights"])
+    if norm := meta.get("normalization"):
+        params = fold_normalization(params, norm["mean"], norm["std"])
+    return model, params
 
 
 class Beginning(NamedTuple):
@@ -82,14 +111,16 @@ class Beginning(NamedTuple):
     frozen: Params | None  # the base beside an adapter: the loaded arrays themselves
 
 
-def begin(loaded: Loaded, head: Literal["lm", "scalar"], lora: LoRAConfig, key: jax.Array) -> Beginning:
-    """The model to train: the loaded one, with a fresh scalar head if asked, or a fresh adapter beside it."""
+def begin(
+    loaded: Loaded, head: Literal["lm", "scalar"], lora: LoRAConfig, key: jax.Array, heads: int = 1
+) -> Beginning:
+    """The model to train: the loaded one, with fresh scalar heads if asked, or a fresh adapter beside it."""
     config = loaded.model.config
     if lora.rank:
-        model = Model(replace(config, lora=lora), head)
+        model = Model(replace(config, lora=lora), head, heads)
         return Beginning(model, model.fresh_adapter(key), _without_lm_head(loaded.params, head))
-    params = loaded.params if head == "lm" else with_scalar_head(loaded.params, key)
-    return Beginning(Model(config, head), params, None)
+    params = loaded.params if head == "lm" else with_scalar_head(loaded.params, key, heads)
+    return Beginning(Model(config, head, heads), params, None)
 
 
 def save_trained(
@@ -107,16 +138,19 @@ def save_trained(
     return trained
 
 
-def load_adapter(folder: Path, base: Path, config: ModelConfig, mesh: Mesh) -> tuple[Model, Params] | None:
+def load_adapter(
+    folder: Path, base: Path, config: ModelConfig, mesh: Mesh, *, every_head: bool = False
+) -> tuple[Model, Params] | None:
     """(model with adapters, adapter) of a stage that trained one beside the model of the stage `base`; None of any
-    other. A reward model's normalisation is folded into its head."""
+    other. A reward model's heads are normalised and combined as by `load_model`."""
     if not (folder / "adapter" / "model.json").is_file():
         return None
     noted = load_meta(folder / "adapter")
     if noted["base"] != base.name:
         return None
     lora = from_dict(LoRAConfig, noted["lora"], f"{folder}/adapter")
-    model = Model(replace(config, lora=lora), noted["head"])
+    meta = load_meta(folder / "model")
+    model = Model(replace(config, lora=lora), noted["head"], _n_heads(meta))
     abstract, axes = shapes_and_axes(model)
     _, adapter = split(abstract)
     shardings = state_shardings(mesh, adapter, axes)
@@ -124,10 +158,7 @@ def load_adapter(folder: Path, base: Path, config: ModelConfig, mesh: Mesh) -> t
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), adapter, shardings
     )
     adapter, _ = load_params(folder / "adapter", template)
-    norm = load_meta(folder / "model").get("normalization")
-    if norm is not None:
-        adapter = fold_normalization(adapter, norm["mean"], norm["std"])
-    return model, adapter
+    return _with_final_heads(model, adapter, meta, every_head)
 
 
 def _without_lm_head(params: Params, head: str) -> Params:

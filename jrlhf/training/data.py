@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jrlhf.config import Source, UserError
+from jrlhf.config import Source, UserError, did_you_mean
 from jrlhf.data.batching import (
     Batches,
     Example,
@@ -21,19 +21,21 @@ from jrlhf.data.batching import (
     encode_preference,
     encode_prompt,
     encode_rows,
+    encode_steps,
     encode_turns,
     pack,
     pack_texts,
     pad_batch,
     prefetch,
     stack_preferences,
+    stack_steps,
 )
 from jrlhf.data.chat import prompt_text
 from jrlhf.data.report import Report
 from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.sharding import fetch, put_batch, take_batch
-from jrlhf.types import PairBatch, PreferenceBatch, SequenceBatch
+from jrlhf.sharding import batch_ways, fetch, put_batch, take_batch
+from jrlhf.types import AnswerBatch, PairBatch, PreferenceBatch, SequenceBatch, StepBatch, UnpairedBatch
 
 
 def load_rows(source: Source, kind: str, console: Console) -> list[dict]:
@@ -109,15 +111,58 @@ def preference_arrays(
     too_long: str,
     console: Console,
     label: str = "preferences",
+    criteria: tuple[str, ...] = (),
 ) -> PreferenceBatch:
-    """All preference rows of at most `limit` tokens as one [N, K, T] batch, T being the longest of them."""
+    """All preference rows of at most `limit` tokens as one [N, K, T] batch, T being the longest of them.
+
+    criteria: those whose scores are wanted; UserError where no row has one.
+    """
+    known = {name for row in rows for name in row.get("criteria", {})}
+    for name in criteria:
+        if name not in known:
+            raise UserError(f"{label}: no row has the criterion {name!r}.{did_you_mean(name, known)}")
     encode = partial(encode_preference, tokenizer=tokenizer, max_len=limit, too_long=too_long)
     examples, report = encode_rows(rows, encode, label)
     if report.dropped or report.changed:
         console.print(f"  {report}", highlight=False)
     longest = max(len(a.ids) for e in examples for a in e.answers)
     widest = max(len(e.answers) for e in examples)
-    return stack_preferences(examples, min(-(-longest // 8) * 8, limit), widest, tokenizer.pad_id)
+    length = min(-(-longest // 8) * 8, limit)
+    return stack_preferences(examples, length, widest, tokenizer.pad_id, criteria)
+
+
+def step_arrays(
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    limit: int,
+    separator: str,
+    too_long: str,
+    console: Console,
+    label: str = "steps",
+) -> StepBatch:
+    """All answers in steps of at most `limit` tokens as one [N, T] batch, T being the longest of them."""
+    encode = partial(
+        encode_steps, tokenizer=tokenizer, max_len=limit, separator=separator, too_long=too_long
+    )
+    examples, report = encode_rows(rows, encode, label)
+    if report.dropped or report.changed:
+        console.print(f"  {report}", highlight=False)
+    longest = max(len(e.ids) for e in examples)
+    return stack_steps(examples, min(-(-longest // 8) * 8, limit), tokenizer.pad_id)
+
+
+def bootstrap_weights(batch: PreferenceBatch, heads: int, key: jax.Array) -> np.ndarray:
+    """[N, heads] float32: how often each head's resample of the prompts, drawn with replacement, holds a row's prompt.
+
+    Head h draws by `fold_in(key, h)`. Rows of one prompt are drawn together, for their answers are alike (Efron 1979;
+    for reward ensembles Christiano et al. 2017, §2.2.3).
+    """
+    first, prompt = batch.tokens[:, 0], batch.mask[:, 0] & ~batch.response_mask[:, 0]
+    texts = [row[real].tobytes() for row, real in zip(first, prompt, strict=True)]
+    number = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+    draw = lambda h: jax.random.randint(jax.random.fold_in(key, h), (len(number),), 0, len(number))  # noqa: E731
+    counts = [np.bincount(np.asarray(draw(h)), minlength=len(number)) for h in range(heads)]
+    return np.stack(counts, axis=1)[[number[text] for text in texts]].astype(np.float32)
 
 
 def pair_arrays(batch: PreferenceBatch, which: str) -> PairBatch:
@@ -243,6 +288,15 @@ def encode_cut_demonstration(row: dict, tokenizer: Tokenizer, length: int) -> Ex
     return example if example is not None else Example(np.zeros(1, np.int32), np.zeros(1, bool))
 
 
+SAMPLE_ROWS = 256  # rows that are sampled or scored together where there are many
+
+
+def chunk_rows(rows: int, mesh: Mesh) -> int:
+    """Rows that go through a model together: at most SAMPLE_ROWS, up to a multiple of the mesh's batch shards."""
+    ways = batch_ways(mesh)
+    return -(-min(rows, SAMPLE_ROWS) // ways) * ways
+
+
 def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
     """`f(batch)` over all rows, `size` at a time (the last padded with copies of row 0), results on the host."""
     n = rows_of(arrays)
@@ -252,3 +306,96 @@ def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
         index[index >= n] = 0
         out.append(fetch(f(take_batch(mesh, arrays, index))))
     return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
+
+
+# --- single labelled answers --------------------------------------------------------------------------------
+
+
+def best_and_worst(rows: list[dict]) -> list[dict]:
+    """Binary rows of preference rows: the best answers to each prompt are desirable, the worst undesirable.
+
+    Answers between them, and rows whose answers are all tied, are left out.
+    """
+    found = []
+    for row in rows:
+        best, worst = min(row["ranks"]), max(row["ranks"])
+        shared = {"prompt": row["prompt"]} | ({"tools": row["tools"]} if "tools" in row else {})
+        ended = row.get("ended", [True] * len(row["ranks"]))
+        for answer, rank, end in zip(row["responses"], row["ranks"], ended, strict=True):
+            if best < worst and rank in (best, worst):
+                found.append(shared | {"completion": answer, "label": rank == best, "ended": end})
+    return found
+
+
+def encode_labelled(
+    row: dict, tokenizer: Tokenizer, max_len: int, too_long: str, report: Report | None = None
+) -> tuple[dict, Example] | None:
+    """A binary row with its answer's ids, as `encode_preference` makes them of one answer."""
+    alone = row | {"responses": [row["completion"]], "ranks": [1], "ended": [row.get("ended", True)]}
+    example = encode_preference(alone, tokenizer, max_len, too_long, report)
+    return None if example is None else (row, example.answers[0])
+
+
+def unpaired_arrays(
+    rows: list[dict],
+    tokenizer: Tokenizer,
+    limit: int,
+    too_long: str,
+    console: Console,
+    seed: int | None = None,
+    label: str = "labelled answers",
+) -> tuple[UnpairedBatch, list[str]]:
+    """All binary rows of at most `limit` tokens, and each one's prompt as text.
+
+    With a `seed` each prompt also gets an answer to another one (`other_answers`), cut where it does not fit `limit`.
+    """
+    encode = partial(encode_labelled, tokenizer=tokenizer, max_len=limit, too_long=too_long)
+    encoded, report = encode_rows(rows, encode, label)
+    if report.dropped or report.changed:
+        console.print(f"  {report}", highlight=False)
+    prompts = [prompt_text(row["prompt"]) for row, _ in encoded]
+    examples = [example for _, example in encoded]
+    mismatched = None
+    if seed is not None:
+        pairs = zip(examples, (examples[i] for i in other_answers(prompts, seed)), strict=True)
+        mismatched = _answer_batch(
+            [_with_answer(own, other, limit) for own, other in pairs], limit, tokenizer.pad_id
+        )
+    labels = np.asarray([row["label"] for row, _ in encoded], bool)
+    return UnpairedBatch(_answer_batch(examples, limit, tokenizer.pad_id), labels, mismatched), prompts
+
+
+def _answer_batch(examples: list[Example], limit: int, pad_id: int) -> AnswerBatch:
+    longest = max(len(e.ids) for e in examples)
+    padded = pad_batch(examples, min(-(-longest // 8) * 8, limit), "right", pad_id)
+    nothing = np.zeros(len(examples), np.float32)
+    return AnswerBatch(padded["tokens"], padded["mask"], padded["loss_mask"], nothing)
+
+
+def _with_answer(example: Example, other: Example, limit: int) -> Example:
+    """The prompt of one with the answer of another."""
+    begin, answer = (int(np.argmax(e.loss_mask)) for e in (example, other))
+    ids = np.concatenate([example.ids[:begin], other.ids[answer:]])
+    loss_mask = np.concatenate([example.loss_mask[:begin], other.loss_mask[answer:]])
+    return Example(ids[:limit], loss_mask[:limit])
+
+
+def other_answers(prompts: list[str], seed: int) -> np.ndarray:
+    """For each row another row of a different prompt, [N]; every row is given once. A function of the seed.
+
+    Prompts are put in a random order, the rows of one next to each other, and the rows rotated by the most rows that
+    a prompt has. UserError where one prompt has more than half of them.
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = np.asarray([number[prompt] for prompt in prompts])
+    most = int(np.max(np.bincount(group)))
+    if 2 * most > len(prompts):
+        raise UserError(
+            f"one prompt has {most} of the {len(prompts)} answers: KTO's reference point needs an answer to another "
+            "prompt for each. Give more prompts, or set algorithm.reference_point to 'zero'."
+        )
+    place = np.argsort(Batches(len(number), len(number), seed).indices(0))
+    order = np.argsort(place[group], kind="stable")
+    others = np.empty_like(order)
+    others[order] = np.roll(order, -most)
+    return others

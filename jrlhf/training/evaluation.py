@@ -16,18 +16,10 @@ from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
-from jrlhf.sharding import batch_ways, fetch, leads, put_batch
-from jrlhf.training.data import in_chunks
+from jrlhf.sharding import fetch, leads, put_batch
+from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.rewards import Reward, Texts, read_texts
 from jrlhf.types import Params, Rollout
-
-SAMPLE_ROWS = 256  # rows of one rollout when many prompts are sampled
-
-
-def chunk_rows(rows: int, mesh: Mesh) -> int:
-    """Rows that go through a model together: at most SAMPLE_ROWS, up to a multiple of the mesh's batch shards."""
-    ways = batch_ways(mesh)
-    return -(-min(rows, SAMPLE_ROWS) // ways) * ways
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,39 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches
+from jrlhf.ops.on_policy import OnPolicyConfig, reference_params
 from jrlhf.rollout.rollout import rollout
-from jrlhf.sharding import check_batch, fetch
+from jrlhf.sharding import check_batch, fetch, put_batch
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
 from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate
-from jrlhf.types import Algorithm, TrainState
+from jrlhf.types import Algorithm, Rollout, TrainState
+
+
+class Scored(NamedTuple):
+    """Answers and their rewards; texts only where a program reads them."""
+
+    samples: Rollout
+    scores: Any  # [B]
+    texts: Texts | None
 
 
 def train_online(
     ctx: StageContext,
     mesh: Mesh,
     loop: LoopConfig,
+    config: OnPolicyConfig,
     algorithm: Algorithm,
     start: tuple,
     axes: dict,
@@ -36,10 +48,11 @@ def train_online(
     evaluate: Callable[[TrainState, int], dict] | None = None,
     show: tuple[str, ...] = ("reward/score/mean", "kl/ref_k1"),
 ) -> TrainState:
-    """One iteration: `batch_size` prompts, a response each, their rewards, and the algorithm's update.
+    """One iteration: `batch_size` responses (`group_size` to each prompt), their rewards, and the algorithm's update.
 
     watch: rewards that are only logged (the gold reward of a laboratory). ptx: arrays of pretraining text, of which
-    each iteration takes one row per prompt. Everything drawn depends on (key, step) alone.
+    each iteration takes one row per response. Everything drawn depends on (key, number of the round) alone; without
+    resampling an iteration is one round. With it, the number of rounds so far is saved with each checkpoint.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
@@ -47,37 +60,123 @@ def train_online(
         raise ValueError("this algorithm learns from a dataset: it has no make_batch")
     make_batch = jax.jit(algorithm.make_batch)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
-    batches = Batches(len(ids), loop.batch_size, ctx.seed)
+    batches = Batches(len(ids), loop.batch_size // config.group_size, ctx.seed)
     text_feed = BatchFeed(ptx, loop.batch_size, ctx.seed, mesh) if ptx is not None else None
     need_text = reward.needs_text or any(w.needs_text for w in watch)
+    greedy = (
+        replace(sampler, config=replace(sampler.config, temperature=0.0)) if config.greedy_baseline else None
+    )
+    rounds = 0  # of sampling so far
+
+    def answers(state: TrainState, number: int, sampler: Sampler, dispatched: Callable[[], None]) -> Scored:
+        """Of one round: a batch of prompts, their answers by the current policy, and the rewards."""
+        index = [i for i in batches.indices(number) for _ in range(config.group_size)]
+        prompts = sampler.put_prompts([ids[i] for i in index])
+        if config.sample_from == "reference":
+            model, params = sampler.model.base, reference_params(state._replace(ref_params=frozen))
+        else:
+            model, params = sampler.model, sampler.model.whole(state.params["policy"], frozen)
+        samples = rollout(model, params, prompts, jax.random.fold_in(key, number), sampler.sampling)
+        dispatched()
+        # A program reads the text on the host, a reward model stays on the devices.
+        texts = read_texts(samples, [rows[i] for i in index], sampler.tokenizer) if need_text else None
+        return Scored(samples, reward.score(samples, texts), texts)
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
-        index = batches.indices(n)
-        # 1. Prompts and one response to each, by the current policy.
-        prompts = sampler.put_prompts([ids[i] for i in index])
-        policy = sampler.model.whole(state.params["policy"], frozen)
-        samples = rollout(sampler.model, policy, prompts, jax.random.fold_in(key, n), sampler.sampling)
-        finish()  # dispatched, the rollout follows the update of the step before; from here on the time is its own
-        began = time.perf_counter()
-        # 2. Rewards: a program reads the text on the host, a reward model stays on the devices.
-        texts = read_texts(samples, [rows[i] for i in index], sampler.tokenizer) if need_text else None
+        nonlocal rounds
+        began = 0.0
+
+        def dispatched() -> None:
+            # The rollout follows the update of the step before; from here on the time is its own.
+            nonlocal began
+            finish()
+            began = began or time.perf_counter()
+
+        # 1. Prompts, responses to each by the current policy, and their rewards.
+        if config.resample_rounds:
+            draw = lambda number: answers(state, number, sampler, dispatched)  # noqa: E731
+            scored, used, extra = resampled(draw, rounds, config, loop.batch_size, mesh)
+        else:
+            scored, used, extra = answers(state, rounds, sampler, dispatched), 1, {}
+        samples, scores, texts = scored
         rolled = time.perf_counter()
-        scores = reward.score(samples, texts)
-        extra = watched(samples, texts, scores, watch)
+        extra |= watched(samples, texts, scores, watch)
+        # 2. What else the algorithm wants.
+        more = (text_feed(n),) if text_feed is not None else ()
+        if greedy is not None:
+            baseline = answers(state, rounds, greedy, dispatched).scores
+            more = (baseline,)
+            extra["reward/greedy/mean"] = jnp.mean(baseline)
+        rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
-        text = (text_feed(n),) if text_feed is not None else ()
-        batch = make_batch(state._replace(ref_params=frozen), samples, scores, *text)
+        batch = make_batch(state._replace(ref_params=frozen), samples, scores, *more)
         state, metrics = step(state, frozen, batch)
         if texts is not None:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
-            extra["perf/tokens_per_s_rollout"] = sum(map(len, texts.ids)) / (rolled - began)
+            sampled = sum(map(len, texts.ids)) * used  # about: the rounds' answers are alike in length
+            extra["perf/tokens_per_s_rollout"] = sampled / (rolled - began)
         return state, metrics | extra, batch
 
+    def resume(position: dict) -> None:
+        nonlocal rounds
+        rounds = position["rounds"]
+
     try:
-        return train(ctx, loop, loop.steps, template, make_state, do_step, evaluate, show)
+        return train(
+            ctx, loop, loop.steps, template, make_state, do_step, evaluate, show,
+            lambda n: {"step": n, "rounds": rounds}, resume,
+        )  # fmt: skip
     finally:
         if text_feed is not None:
             text_feed.close()
+
+
+def resampled(
+    draw: Callable[[int], Scored], first: int, config: OnPolicyConfig, size: int, mesh: Mesh
+) -> tuple[Scored, int, dict]:
+    """Dynamic sampling (DAPO, Yu et al. 2025, section 3.2): rounds of fresh prompts until `size` answers are in
+    groups whose scores differ, at most `resample_rounds` of them. (the batch, rounds used, metrics)
+
+    Where even that is too little, groups of equal scores fill the batch; `reward/frac_zero_std_groups` tells.
+    """
+    useful: list[Scored] = []
+    useless: list[Scored] = []
+    seen, means = 0, []
+    for used in range(1, config.resample_rounds + 1):
+        samples, scores, texts = draw(first + used - 1)
+        samples = fetch(samples)
+        scores = scores if isinstance(scores, np.ndarray) else fetch(scores)  # a program's are on every host
+        groups = scores.reshape(-1, config.group_size)
+        differ = np.repeat(groups.max(axis=1) > groups.min(axis=1), config.group_size)
+        means.append(float(np.mean(scores)))
+        for kept, into in ((differ, useful), (~differ, useless)):
+            into.append(take_scored(Scored(samples, scores, texts), np.flatnonzero(kept)))
+        seen += int(differ.sum())
+        if seen >= size:
+            break
+    samples, scores, texts = take_scored(joined([*useful, *useless]), np.arange(size))
+    metrics = {
+        "rollout/rounds": used,
+        "rollout/informative": seen / (used * size),
+        "reward/sampled/mean": float(np.mean(means)),
+    }
+    return Scored(put_batch(mesh, samples), put_batch(mesh, scores), texts), used, metrics
+
+
+def take_scored(scored: Scored, index: np.ndarray) -> Scored:
+    """The numbered answers, on the host."""
+    texts = None
+    if scored.texts is not None:
+        texts = Texts._make([part[i] for i in index] for part in scored.texts)
+    return Scored(jax.tree.map(lambda x: x[index], scored.samples), scored.scores[index], texts)
+
+
+def joined(parts: list[Scored]) -> Scored:
+    samples = jax.tree.map(lambda *x: np.concatenate(x), *[p.samples for p in parts])
+    texts = [p.texts for p in parts if p.texts is not None]
+    whole = lambda column: [x for part in texts for x in getattr(part, column)]  # noqa: E731
+    merged = Texts._make(map(whole, Texts._fields)) if texts else None
+    return Scored(samples, np.concatenate([p.scores for p in parts]), merged)
 
 
 def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:

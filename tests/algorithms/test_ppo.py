@@ -175,7 +175,7 @@ def test_advantages_are_those_of_a_plain_loop(tables, samples, config, temperatu
     batch = jitted(algorithm.make_batch)(state, *samples)
     advantages, returns = plain_batch(config, tables, samples, temperature)
     np.testing.assert_allclose(batch.advantages, advantages, atol=1e-5)
-    np.testing.assert_allclose(batch.returns, returns, atol=1e-5)
+    np.testing.assert_allclose(batch.extra.returns, returns, atol=1e-5)
 
 
 def test_kl_is_a_cost_and_the_coefficient_is_the_states(tables, samples):
@@ -262,7 +262,8 @@ def test_pretraining_mix_adds_its_gradient(tables, table_batch):
     tokens = rng.integers(0, VOCAB, (ROWS, 4)).astype(np.int32)
     ptx = SequenceBatch(tokens, np.ones_like(tokens), tokens, rng.random(tokens.shape) < 0.7)
     alpha = 0.4
-    mixed, metrics = updated(replace(ONE, ptx_coef=alpha), tables, table_batch._replace(ptx=ptx))
+    with_text = table_batch._replace(extra=table_batch.extra._replace(ptx=ptx))
+    mixed, metrics = updated(replace(ONE, ptx_coef=alpha), tables, with_text)
     alone, _ = updated(ONE, tables, table_batch)
     targets = ptx.loss_mask[:, 1:].sum()
     expected = jax.grad(lambda p: alpha * language_loss(p, ptx, np.float32(targets)))(tables[0])
@@ -296,7 +297,7 @@ def test_critic_and_shared_trunk_descend_on_the_squared_error(tables, samples, t
 
     def error(critic):
         values = critic[sampled.tokens[:, PROMPT - 1 : -1]]
-        squared = jnp.where(sampled.response_mask, jnp.square(values - batch.returns), 0.0)
+        squared = jnp.where(sampled.response_mask, jnp.square(values - batch.extra.returns), 0.0)
         return 0.5 * 0.5 * jnp.sum(squared) / jnp.sum(sampled.response_mask, dtype=jnp.float32)
 
     expected = jax.grad(error)(tables[1])

@@ -21,6 +21,7 @@ from jrlhf.compare.samples import print_samples
 from jrlhf.compare.statistics import difference_interval, mean_interval
 from jrlhf.compare.summary import best_against_others, headline, pairs_found, seed_note, summarize
 from jrlhf.config import UserError
+from jrlhf.ops.pass_at_k import pass_at_k
 
 TRAINED = ("sft", "ppo", "grpo", "dpo", "kto")
 
@@ -708,3 +709,86 @@ def test_files_of_others_are_not_overwritten(finished_run, tmp_path):
     with pytest.raises(UserError, match="is a file"):
         report([run], tmp_path / "report" / "summary.csv")
     assert sorted(file.name for file in (tmp_path / "report").iterdir()) == ["summary.csv"]
+
+
+# --- right and wrong answers ----------------------------------------------------------------------------
+
+
+def verify(run: Path, answers: int) -> dict[str, np.ndarray]:
+    """Make the gold of a finished run a verdict, 1 or 0; returns the main split's by policy, [P, answers]."""
+    (file,) = run.parent.glob("stages/evaluate-*/evaluation.json")
+    content = json.loads(file.read_text())
+    rng = np.random.default_rng(0)
+    kept = {}
+    for rate, (policy, measured) in zip((0.3, 0.8, 0.5), content["policies"].items(), strict=True):
+        for name, split in measured["splits"].items():
+            prompts = len(split["gold"])
+            right = (rng.random((prompts, answers)) < rate).astype(float)
+            if policy.startswith("best_of"):  # the expected gold of the chosen one
+                right = rng.random((prompts, 1)).round(3)
+            kept.setdefault(policy, right)
+            split["gold"] = right.tolist()
+            if name == "eval":
+                kept[f"{policy} length"] = np.asarray(split["length"])
+    content |= {"gold_max": 1.0, "criteria": {}}
+    file.write_text(json.dumps(content))
+    return kept
+
+
+def test_right_and_wrong_answers_are_reported_by_pass_at_k(finished_run, tmp_path):
+    run = finished_run(
+        tmp_path / "runs", policies=("sft", "ppo", "best_of_16"), prompts=24, answers=5, updates=12
+    )
+    kept = verify(run, 5)
+    summary = summarize([run])
+    sft, ppo, best = summary.main
+    for row, right in ((sft, kept["sft"]), (ppo, kept["ppo"])):
+        assert list(row.pass_at) == [1, 2, 4]
+        assert row.pass_at[1].value == pytest.approx(right.mean())
+        assert row.pass_at[1] == pytest.approx(row.gold)
+        assert row.pass_at[4].value == pytest.approx(pass_at_k(right, 4).mean())
+        assert row.pass_at[2].low < row.pass_at[2].value < row.pass_at[2].high <= 1
+        alike = (right.sum(axis=1) == 0) | (right.sum(axis=1) == 5)
+        assert row.zero_variance.value == pytest.approx(alike.mean())
+        lengths = kept[f"{row.label} length"]
+        assert row.length_right == pytest.approx(lengths[right == 1].mean())
+        assert row.length_wrong == pytest.approx(lengths[right == 0].mean())
+    # Of best-of-n only expectations are kept: it takes no verdict away from the others and has none.
+    assert (best.pass_at, best.zero_variance, best.length_right) == ({}, None, None)
+    text, page = report([run], tmp_path / "report")
+    heading = "Right and wrong answers"
+    assert heading in Page(text).text
+    for width in (80, 200):
+        shown = printed(summary, width)
+        assert all(f"pass@{k}" in shown for k in (1, 2, 4))
+        assert f"{ppo.pass_at[4].value:.0%}" in shown
+    with (page.parent / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["pass_at_2"]) == pytest.approx(sft.pass_at[2].value)
+    assert float(rows[0]["pass_at_2_low"]) == pytest.approx(sft.pass_at[2].low)
+    assert float(rows[0]["zero_variance"]) == pytest.approx(sft.zero_variance.value)
+
+
+def test_intervals_of_pass_at_k_are_clustered_by_prompt(finished_run, tmp_path):
+    """Copies of every answer say nothing new: the interval of pass@1 stays, that of independent answers shrinks."""
+    run = finished_run(tmp_path / "runs", policies=("sft", "ppo"), prompts=24, answers=2, best_of_n=False)
+    (file,) = run.parent.glob("stages/evaluate-*/evaluation.json")
+    content = json.loads(file.read_text())
+    right = (np.random.default_rng(1).random((24, 1)) < 0.4).astype(float)
+    widths = []
+    for copies in (2, 20):
+        for measured in content["policies"].values():
+            for split in measured["splits"].values():
+                split |= {"proxy": None, "kl": None}
+                split |= dict.fromkeys(("gold", "length", "ended"), np.repeat(right, copies, 1).tolist())
+        file.write_text(json.dumps(content | {"criteria": {}}))
+        interval = summarize([run]).main[0].pass_at[1]
+        widths.append(interval.high - interval.low)
+    assert widths[0] == pytest.approx(widths[1])
+    assert widths[0] > 0.3
+
+
+def test_other_rewards_have_no_pass_at_k(one_seed, summary):
+    assert all(row.pass_at == {} and row.length_right is None for row in summary.rows)
+    assert "pass@" not in printed(summary, 200)
+    assert "Right and wrong answers" not in one_seed[1]

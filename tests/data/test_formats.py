@@ -140,6 +140,10 @@ EXAMPLES = {
             {"prompt": "q\none\n", "completion": "two", "label": False},
         ],
     ),
+    "steps": (
+        {"prompt": "q\n", "steps": ["one", "two", "three"], "labels": [1, None, 0.25]},
+        [{"prompt": "q\n", "steps": ["one", "two", "three"], "labels": [1.0, None, 0.25]}],
+    ),
     "qa_feedback": (
         QA,
         [
@@ -361,6 +365,9 @@ def test_kinds_of_one_record(tmp_path):
         ),
         ("binary", {"label": "maybe"}, "'label' is 'maybe', not true or false"),
         ("stepwise", {"labels": [True]}, "'completions' and 'labels' are not lists of one length"),
+        ("steps", {"labels": [1]}, "'steps' and 'labels' are not lists of one length"),
+        ("steps", {"labels": [1, 2, 0]}, "a label is 2.0, not 0 to 1"),
+        ("steps", {"steps": ["one", " ", "three"]}, "a step is empty"),
         ("qa_feedback", {"preference": [1, 1]}, "'preference' is not six times 0, 1 or 2"),
         ("pandalm", {"annotator2": 3}, "'annotator2' is 3, not 0, 1 or 2"),
         ("prometheus", {"gpt4_score": [6]}, "'gpt4_score' is not a list of 1 to 5"),

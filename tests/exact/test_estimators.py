@@ -11,17 +11,18 @@ from jrlhf.ops.kl import full_kl, kl_k1, kl_k2, kl_k3
 from jrlhf.ops.masking import masked_sum
 
 WORLD = exact.make_world(11)
-TOKENS, MASK = exact.all_sequences()
-POLICY = exact.policy_with(exact.optimum(WORLD))
+SPACE = WORLD.space
+TOKENS, MASK = SPACE.all_sequences()
+POLICY = SPACE.policy_with(exact.optimum(WORLD))
 REF = WORLD.ref_params
 
 
 def probabilities(params):
-    return jnp.exp(exact.sequence_logprobs(params))
+    return jnp.exp(SPACE.sequence_logprobs(params))
 
 
 def both_logprobs(tokens, mask):
-    return exact.logprobs(POLICY, tokens, mask), exact.logprobs(REF, tokens, mask)
+    return SPACE.logprobs(POLICY, tokens, mask), SPACE.logprobs(REF, tokens, mask)
 
 
 def token_estimator(estimator):
@@ -36,7 +37,7 @@ def sequence_estimator(estimator):
 
 
 def full_vocabulary(tokens, mask):
-    return masked_sum(full_kl(exact.logits(POLICY, tokens), exact.logits(REF, tokens)), mask, axis=1)
+    return masked_sum(full_kl(SPACE.rows(POLICY, tokens), SPACE.rows(REF, tokens)), mask, axis=1)
 
 
 UNBIASED = {
@@ -53,14 +54,14 @@ TRUE_KL = float(exact.kl_divergence(probabilities(POLICY), probabilities(REF)))
 def test_unbiased_estimators(name):
     exactly = jnp.sum(probabilities(POLICY) * UNBIASED[name](TOKENS, MASK))
     assert float(exactly) == pytest.approx(TRUE_KL, rel=1e-4)
-    samples = exact.sample(POLICY, jax.random.key(3), 20_000)
+    samples = SPACE.sample(POLICY, jax.random.key(3), 20_000)
     drawn = np.asarray(UNBIASED[name](samples.tokens, samples.mask))
     assert abs(drawn.mean() - TRUE_KL) <= 3 * drawn.std() / np.sqrt(len(drawn))
 
 
 @pytest.mark.parametrize("name", BIASED)
 def test_k2_is_biased(name):
-    samples = exact.sample(POLICY, jax.random.key(3), 20_000)
+    samples = SPACE.sample(POLICY, jax.random.key(3), 20_000)
     drawn = np.asarray(BIASED[name](samples.tokens, samples.mask))
     assert abs(drawn.mean() - TRUE_KL) > 5 * drawn.std() / np.sqrt(len(drawn))
     exactly = float(jnp.sum(probabilities(POLICY) * BIASED[name](TOKENS, MASK)))
@@ -71,8 +72,8 @@ def gradient_in_a_loss(estimator, params):
     """Expected gradient of an estimator of whole answers, when samples of the policy are held fixed."""
 
     def loss(p):
-        logp = exact.sequence_logprobs(p)
-        return jnp.sum(jnp.exp(jax.lax.stop_gradient(logp)) * estimator(logp, exact.sequence_logprobs(REF)))
+        logp = SPACE.sequence_logprobs(p)
+        return jnp.sum(jnp.exp(jax.lax.stop_gradient(logp)) * estimator(logp, SPACE.sequence_logprobs(REF)))
 
     return jax.grad(loss)(params)
 
@@ -88,8 +89,8 @@ def test_gradients_of_the_estimators_are_those_that_are_documented():
 
 
 def test_full_kl_has_the_exact_gradient_of_one_state():
-    logits = exact.logits(POLICY, TOKENS)[:, 0]
-    ref = exact.logits(REF, TOKENS)[:, 0]
+    logits = SPACE.rows(POLICY, TOKENS)[:, 0]
+    ref = SPACE.rows(REF, TOKENS)[:, 0]
     p, q = jax.nn.softmax(logits), jax.nn.softmax(ref)
     expected = p * (jnp.log(p) - jnp.log(q) - exact.kl_divergence(p, q)[:, None])
     gradient = jax.grad(lambda x: jnp.sum(full_kl(x, ref)))(logits)
@@ -104,11 +105,11 @@ def test_best_of_n_law_equals_enumeration_of_all_draws(n, levels):
     reward = np.asarray(WORLD.reward, np.float64)
     if levels:
         reward = np.digitize(reward, np.quantile(reward, np.linspace(0, 1, levels + 1)[1:-1])).astype(float)
-    draws = np.indices((exact.SEQUENCES,) * n).reshape(n, -1)
+    draws = np.indices((SPACE.sequences,) * n).reshape(n, -1)
     best = reward[draws] == reward[draws].max(axis=0)  # ties share the win
-    won = np.zeros(exact.SEQUENCES)
+    won = np.zeros(SPACE.sequences)
     for row, wins in zip(draws, best / best.sum(axis=0), strict=True):
-        won += np.bincount(row, weights=wins * ref[draws].prod(axis=0), minlength=exact.SEQUENCES)
+        won += np.bincount(row, weights=wins * ref[draws].prod(axis=0), minlength=SPACE.sequences)
     law = best_of_n_distribution(ref, reward, n)
     np.testing.assert_allclose(law, won, atol=1e-9)
 
@@ -124,10 +125,10 @@ def test_best_of_n_kl_is_an_upper_bound(n):
 @pytest.mark.parametrize("n", [2, 8])
 def test_best_of_n_estimate_is_unbiased(n):
     """A gold reward that is not the proxy, 16 samples for each of 4,000 prompts."""
-    gold = np.random.default_rng(0).standard_normal(exact.SEQUENCES) + np.asarray(WORLD.reward)
+    gold = np.random.default_rng(0).standard_normal(SPACE.sequences) + np.asarray(WORLD.reward)
     proxy = np.round(np.asarray(WORLD.reward, np.float64), 1)
     law = best_of_n_distribution(np.asarray(probabilities(REF), np.float64), proxy, n)
-    samples = exact.sample(REF, jax.random.key(5), 4000 * 16)
-    number = np.asarray(exact.sequence_number(samples.tokens)).reshape(4000, 16)
+    samples = SPACE.sample(REF, jax.random.key(5), 4000 * 16)
+    number = np.asarray(SPACE.sequence_number(samples.tokens)).reshape(4000, 16)
     estimates = best_of_n(proxy[number], gold[number], n)
     assert abs(estimates.mean() - law @ gold) <= 3 * estimates.std() / np.sqrt(4000)

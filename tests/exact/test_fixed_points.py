@@ -8,47 +8,41 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jrlhf.lab import exact
 from jrlhf.ops.kl import kl_k1, kl_k3
-from jrlhf.ops.losses import dpo_loss, ipo_loss, ppo_policy_loss
-from jrlhf.ops.masking import masked_mean, masked_sum
+from jrlhf.ops.losses import ppo_policy_loss
+from jrlhf.ops.masking import masked_sum
+from jrlhf.ops.preference_losses import (
+    dpo_loss,
+    exponential_link,
+    ipo_loss,
+    link_loss,
+    nca_pair_loss,
+    robust_dpo_loss,
+    sppo_hard_loss,
+    square_link,
+)
+from jrlhf.training.exact import all_pairs, minimise, population_fixed_point
 
 WORLD = exact.make_world(11)
-TOKENS, MASK = exact.all_sequences()
-PAIRS = tuple(index.reshape(-1) for index in np.indices((exact.SEQUENCES, exact.SEQUENCES)))
+SPACE = WORLD.space
+TOKENS, MASK = SPACE.all_sequences()
 TOLERANCE = 1e-4
-
-
-def minimise(loss, params, steps=3000, learning_rate=0.05):
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-
-    def step(carry, _):
-        params, opt_state = carry
-        grads = jax.grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-            changes, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, changes), opt_state), None
-
-    @jax.jit
-    def run(params):
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=steps)[0][0]
-
-    return run(params)
+FLIPS = 0.2
 
 
 def distance(world, loss, target):
     """Total variation between the policy that minimises `loss(world, params)` and `target`."""
     params = minimise(partial(loss, world), world.ref_params)
-    return float(exact.total_variation(jnp.exp(exact.sequence_logprobs(params)), target))
+    return float(exact.total_variation(world.space.probabilities(params), target))
 
 
 def policy_gradient(world, params, kl_in_reward=True, k3_in_loss=False):
     """The surrogate of every answer, weighted by its probability: the gradient is the expected one."""
-    logprobs = exact.logprobs(params, TOKENS, MASK)
-    ref = exact.logprobs(world.ref_params, TOKENS, MASK)
+    logprobs = SPACE.logprobs(params, TOKENS, MASK)
+    ref = SPACE.logprobs(world.ref_params, TOKENS, MASK)
     old = jax.lax.stop_gradient(logprobs)
     probability = jnp.exp(masked_sum(old, MASK, axis=1))
     reward = world.reward
@@ -62,20 +56,41 @@ def policy_gradient(world, params, kl_in_reward=True, k3_in_loss=False):
     return loss
 
 
-def pairwise(world, params, loss, weights, over_tokens=masked_sum):
-    """A DPO-like loss over all ordered pairs of answers; `weights` [121, 121] of (chosen, rejected)."""
-    logprobs = over_tokens(exact.logprobs(params, TOKENS, MASK), MASK, axis=1)
-    ref = over_tokens(exact.logprobs(world.ref_params, TOKENS, MASK), MASK, axis=1)
-    chosen, rejected = PAIRS
-    losses = loss(logprobs[chosen], logprobs[rejected], ref[chosen], ref[rejected], world.beta)[0]
-    return jnp.sum(weights.reshape(-1) * losses)
+def four(answers):
+    return *answers.logps.T, *answers.ref_logps.T
 
 
-def population(world):
-    """(pair weights, p(row beats column)): pairs from the reference, labels by Bradley and Terry."""
-    ref = jnp.exp(exact.sequence_logprobs(world.ref_params))
-    preference = jax.nn.sigmoid(world.reward[:, None] - world.reward[None, :])
-    return ref[:, None] * ref[None, :] * preference, preference
+def dpo(world, answers):
+    return dpo_loss(*four(answers), world.beta)[0]
+
+
+def dpo_of_means(world, answers):
+    means = answers._replace(logps=answers.mean_logps, ref_logps=answers.ref_logps / answers.lengths)
+    return dpo(world, means)
+
+
+def conservative_dpo(world, answers):
+    return dpo_loss(*four(answers), world.beta, label_smoothing=FLIPS)[0]
+
+
+def robust_dpo(world, answers):
+    return robust_dpo_loss(*answers.ratios.T, world.beta, FLIPS)
+
+
+def ipo(world, answers):
+    return ipo_loss(*four(answers), world.beta)[0]
+
+
+def linked(link, world, answers):
+    return link_loss(world.beta * (answers.ratios[:, 0] - answers.ratios[:, 1]), link)
+
+
+def nca(world, answers):
+    return nca_pair_loss(*answers.ratios.T, world.beta)
+
+
+def sppo(world, answers):
+    return sppo_hard_loss(*answers.ratios.T, world.beta)
 
 
 @pytest.mark.parametrize("seed", [11, 0, 3])
@@ -97,25 +112,56 @@ def test_k3_in_the_loss_reaches_the_forward_kl_optimum_instead(seed):
     assert float(exact.total_variation(exact.forward_kl_optimum(world), exact.optimum(world))) > 0.3
 
 
+def flipped(world):
+    return exact.preferences(world, flips=FLIPS)
+
+
+def tied(world):
+    return exact.preferences(world, ties=1.0)
+
+
+def ipo_optimum(world, beta=None):
+    return exact.ipo_optimum(world, exact.preferences(world), beta or world.beta)
+
+
+# name -> (loss, preference or None, closed form, whether that is another one than the optimum)
+PAIRWISE = {
+    "dpo": (dpo, None, exact.optimum, False),
+    "ipo": (ipo, None, ipo_optimum, True),
+    "dpo under flips": (dpo, flipped, lambda w: exact.dpo_optimum(w, flipped(w)), True),
+    "dpo under ties": (dpo, tied, lambda w: exact.dpo_optimum(w, tied(w)), True),
+    # Smoothing true labels does what flips do to plain DPO; the robust loss undoes them.
+    "conservative dpo": (conservative_dpo, None, lambda w: exact.dpo_optimum(w, flipped(w)), True),
+    "robust dpo under flips": (robust_dpo, flipped, exact.optimum, False),
+    "square": (partial(linked, square_link), None, lambda w: ipo_optimum(w, w.beta / 2), True),
+    "exponential": (partial(linked, exponential_link), None, exact.exponential_optimum, True),
+    "nca, beta 1": (nca, None, lambda w: exact.nca_optimum(w, exact.preferences(w)), True),
+    "sppo": (sppo, None, lambda w: exact.sppo_optimum(w, exact.preferences(w), w.beta), True),
+}
+
+
+def check_pairwise(name, seed, space, apart):
+    loss, preference, closed_form, elsewhere = PAIRWISE[name]
+    world = exact.make_world(seed, beta=1.0 if "beta 1" in name else 0.5, space=space)
+    reached = population_fixed_point(partial(loss, world), world, preference(world) if preference else None)
+    assert float(exact.total_variation(reached, closed_form(world))) <= TOLERANCE
+    assert (float(exact.total_variation(reached, exact.optimum(world))) > apart) == elsewhere
+
+
 @pytest.mark.parametrize("seed", [11, 0, 3])
-def test_dpo_population_loss_reaches_the_optimum(seed):
-    world = exact.make_world(seed)
-    loss = partial(pairwise, loss=dpo_loss, weights=population(world)[0])
-    assert distance(world, loss, exact.optimum(world)) <= TOLERANCE
+@pytest.mark.parametrize("name", ["dpo", "ipo"])
+def test_dpo_and_ipo_reach_their_closed_forms(name, seed):
+    check_pairwise(name, seed, SPACE, apart=0.1)
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_pairwise_losses_reach_their_closed_forms_in_a_smaller_space(name):
+    check_pairwise(name, 1, exact.Space(2, 4), apart=0.08)
 
 
 def test_dpo_with_mean_instead_of_summed_logprobs_does_not():
-    loss = partial(pairwise, loss=dpo_loss, weights=population(WORLD)[0], over_tokens=masked_mean)
-    assert distance(WORLD, loss, exact.optimum(WORLD)) > 0.4
-
-
-@pytest.mark.parametrize("seed", [11, 0, 3])
-def test_ipo_reaches_its_own_optimum_and_not_dpos(seed):
-    world = exact.make_world(seed)
-    weights, preference = population(world)
-    target = exact.ipo_optimum(world, preference, world.beta)
-    assert distance(world, partial(pairwise, loss=ipo_loss, weights=weights), target) <= TOLERANCE
-    assert float(exact.total_variation(target, exact.optimum(world))) > 0.1
+    reached = population_fixed_point(partial(dpo_of_means, WORLD), WORLD)
+    assert float(exact.total_variation(reached, exact.optimum(WORLD))) > 0.4
 
 
 @pytest.mark.parametrize(
@@ -124,23 +170,21 @@ def test_ipo_reaches_its_own_optimum_and_not_dpos(seed):
 def test_dpo_from_sampled_pairs(pairs, furthest, least_accuracy):
     rng = np.random.default_rng(0)
     reward = np.asarray(WORLD.reward, np.float64)
-    ref = np.exp(np.asarray(exact.sequence_logprobs(WORLD.ref_params), np.float64))
+    ref = np.exp(np.asarray(WORLD.ref_logprobs(), np.float64))
     ref = ref / ref.sum()
-    a, b = rng.choice(exact.SEQUENCES, (2, pairs), p=ref)
+    a, b = rng.choice(SPACE.sequences, (2, pairs), p=ref)
     a_wins = rng.random(pairs) < 1 / (1 + np.exp(reward[b] - reward[a]))
-    counts = np.zeros((exact.SEQUENCES, exact.SEQUENCES))
-    np.add.at(counts, (np.where(a_wins, a, b), np.where(a_wins, b, a)), 1 / pairs)
+    counts = np.zeros((SPACE.sequences, SPACE.sequences), np.float32)
+    np.add.at(counts, (np.where(a_wins, a, b), np.where(a_wins, b, a)), np.float32(1 / pairs))
 
-    loss = partial(pairwise, WORLD, loss=dpo_loss, weights=jnp.asarray(counts, jnp.float32))
-    logprobs = exact.sequence_logprobs(minimise(loss, WORLD.ref_params))
+    def loss(params):
+        return jnp.sum(counts.reshape(-1) * dpo(WORLD, all_pairs(WORLD, params, counts)))
+
+    logprobs = SPACE.sequence_logprobs(minimise(loss, WORLD.ref_params))
     assert float(exact.total_variation(jnp.exp(logprobs), exact.optimum(WORLD))) <= furthest
 
     # How often the implicit reward orders a fresh pair as the true reward does (pairs from the reference).
-    log_ref = exact.sequence_logprobs(WORLD.ref_params)
-    one, other = PAIRS
-    _, implicit, implicit_other = dpo_loss(
-        logprobs[one], logprobs[other], log_ref[one], log_ref[other], WORLD.beta
-    )
-    right = np.sign(implicit - implicit_other) == np.sign(reward[one] - reward[other])
-    weight = ref[one] * ref[other] * (one != other)
+    implicit = np.asarray(logprobs - WORLD.ref_logprobs())
+    right = np.sign(implicit[:, None] - implicit[None]) == np.sign(reward[:, None] - reward[None])
+    weight = ref[:, None] * ref[None] * (1 - np.eye(SPACE.sequences))
     assert float(np.sum(weight * right) / np.sum(weight)) >= least_accuracy

@@ -20,6 +20,7 @@ from jrlhf.ops.losses import ppo_policy_loss, value_loss
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
 
 WORLD = exact.make_world(11)
+SPACE = WORLD.space
 UPDATES, ANSWERS, LEARNING_RATE = 1500, 256, 0.02
 CLIP = 0.2
 rloo = partial(rloo_advantages, group_size=16)
@@ -41,9 +42,9 @@ class Batch(NamedTuple):
 
 def grouped_batch(world, params, samples, *, advantages, kl="in the reward"):
     """One advantage per answer. `kl`: "in the reward", "after" the advantages, or "none"."""
-    ref = exact.logprobs(world.ref_params, samples.tokens, samples.mask)
+    ref = SPACE.logprobs(world.ref_params, samples.tokens, samples.mask)
     penalty = world.beta * masked_sum(kl_k1(samples.logprobs, ref), samples.mask, axis=1)
-    reward = world.reward[exact.sequence_number(samples.tokens)]
+    reward = world.reward[SPACE.sequence_number(samples.tokens)]
     advantage = advantages(reward - penalty if kl == "in the reward" else reward)
     if kl == "after":
         advantage = advantage - penalty
@@ -53,7 +54,7 @@ def grouped_batch(world, params, samples, *, advantages, kl="in the reward"):
 
 def grouped_loss(world, params, batch, *, penalty=None, per_length=False):
     """The surrogate summed over tokens, averaged over answers; `penalty`: a KL estimator in the loss."""
-    logprobs = exact.logprobs(params["policy"], batch.tokens, batch.mask)
+    logprobs = SPACE.logprobs(params["policy"], batch.tokens, batch.mask)
     answers = float(batch.mask.shape[0])
     weight = jnp.ones(batch.mask.shape)
     if per_length:
@@ -69,17 +70,17 @@ def grouped_loss(world, params, batch, *, penalty=None, per_length=False):
 
 def ppo_batch(world, params, samples):
     """Per-token rewards -beta·k1, the answer's reward on its last token, GAE with a tabular critic."""
-    ref = exact.logprobs(world.ref_params, samples.tokens, samples.mask)
-    last = jax.nn.one_hot(last_token_index(samples.mask), exact.LENGTH)
-    rewards = last * world.reward[exact.sequence_number(samples.tokens)][:, None]
+    ref = SPACE.logprobs(world.ref_params, samples.tokens, samples.mask)
+    last = jax.nn.one_hot(last_token_index(samples.mask), SPACE.length)
+    rewards = last * world.reward[SPACE.sequence_number(samples.tokens)][:, None]
     rewards = rewards - world.beta * kl_k1(samples.logprobs, ref)
-    old_values = exact.values(params["critic"], samples.tokens, samples.mask)
+    old_values = SPACE.rows(params["critic"], samples.tokens)
     advantages, returns = gae(rewards, old_values, samples.mask, gamma=1.0, lam=0.95)
     return Batch(samples.tokens, samples.mask, samples.logprobs, ref, advantages, returns, old_values)
 
 
 def ppo_loss(world, params, batch):
-    values = exact.values(params["critic"], batch.tokens, batch.mask)
+    values = SPACE.rows(params["critic"], batch.tokens)
     critic, _ = value_loss(
         values, batch.old_values, batch.returns, batch.mask, CLIP, denominator=float(batch.mask.shape[0])
     )
@@ -89,7 +90,7 @@ def ppo_loss(world, params, batch):
 def train(world, key, make_batch, loss, minibatches=1):
     """Probabilities [121] of the policy after `UPDATES` batches."""
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, UPDATES * minibatches))
-    params = {"policy": world.ref_params, "critic": jnp.zeros(exact.STATES)}
+    params = {"policy": world.ref_params, "critic": jnp.zeros(SPACE.states)}
 
     def minibatch(carry, batch):
         params, opt_state = carry
@@ -99,21 +100,21 @@ def train(world, key, make_batch, loss, minibatches=1):
         return (optax.apply_updates(params, changes), opt_state), None
 
     def update(carry, step):
-        samples = exact.sample(carry[0]["policy"], jax.random.fold_in(key, step), ANSWERS)
+        samples = SPACE.sample(carry[0]["policy"], jax.random.fold_in(key, step), ANSWERS)
         batch = make_batch(world, carry[0], samples)
         return jax.lax.scan(
             minibatch, carry, jax.tree.map(lambda x: x.reshape(minibatches, -1, *x.shape[1:]), batch)
         )
 
     (params, _), _ = jax.lax.scan(update, (params, optimizer.init(params)), jnp.arange(UPDATES))
-    return jnp.exp(exact.sequence_logprobs(params["policy"]))
+    return jnp.exp(SPACE.sequence_logprobs(params["policy"]))
 
 
-def distances(make_batch, loss, *, seeds, minibatches=1):
-    """Total variation from the optimum, one for each seed."""
+def distances(make_batch, loss, *, seeds, minibatches=1, targets=(exact.optimum,)):
+    """Total variation from each target, [targets, seeds]."""
     run = jax.jit(jax.vmap(lambda key: train(WORLD, key, make_batch, loss, minibatches)))
     policies = run(jax.random.split(jax.random.key(0), seeds))
-    return np.asarray(exact.total_variation(policies, exact.optimum(WORLD)[None]))
+    return np.stack([exact.total_variation(policies, target(WORLD)[None]) for target in targets])
 
 
 @pytest.mark.parametrize(
@@ -142,16 +143,27 @@ def test_it_does_so_in_other_worlds():
 
 
 @pytest.mark.parametrize(
-    ("penalty", "at_least"),
+    ("penalty", "where", "at_least"),
     [
-        pytest.param(kl_k1, 0.7, id="k1"),  # no penalty at all
-        pytest.param(kl_k2, 0.15, id="k2"),  # the KL of each state, blind to which states are reached
-        pytest.param(kl_k3, 0.1, id="k3"),  # the forward KL of each state
+        # The KL of each state, blind to which states are reached.
+        pytest.param(
+            kl_k2, lambda world: exact.token_level_optimum(world, in_loss=world.beta), 0.15, id="k2"
+        ),
+        # The forward KL of each state.
+        pytest.param(kl_k3, exact.token_level_forward_kl_optimum, 0.1, id="k3"),
     ],
 )
-def test_a_token_level_estimator_in_the_loss_does_not(penalty, at_least):
+def test_a_token_level_estimator_in_the_loss_leads_elsewhere(penalty, where, at_least):
     make_batch = partial(grouped_batch, advantages=rloo, kl="none")
-    assert distances(make_batch, partial(grouped_loss, penalty=penalty), seeds=3).min() >= at_least
+    loss = partial(grouped_loss, penalty=penalty)
+    from_optimum, from_where = distances(make_batch, loss, seeds=3, targets=(exact.optimum, where))
+    assert from_optimum.min() >= at_least
+    assert from_where.max() <= 0.02
+
+
+def test_k1_in_the_loss_is_no_penalty_at_all():
+    make_batch = partial(grouped_batch, advantages=rloo, kl="none")
+    assert distances(make_batch, partial(grouped_loss, penalty=kl_k1), seeds=3).min() >= 0.7
 
 
 def test_grpo_as_published_is_as_far_away_as_it_should_be():

@@ -27,7 +27,7 @@ from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training import rewards
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import DPO, SFT, Checkpoint, RewardModel, TokenizerConfig
+from jrlhf.training.stages import SFT, Checkpoint, DirectAlignment, RewardModel, TokenizerConfig
 
 STAGES = tiny.experiment.stages
 BEFORE = ("pretrain", "sft", "preferences", "reward_model")
@@ -334,17 +334,17 @@ LATE = {
         "the held-out preferences hold no ordered pair",
     ),
     "only ties for DPO": (
-        lambda folder: DPO(
+        lambda folder: DirectAlignment(
             "sft", loop=tiny.loop(1), data=file("preference", *TIES)(folder), eval_fraction=0.5
         ),
         "the preferences hold no ordered pair",
     ),
     "one prompt, so nothing to hold out": (
-        lambda folder: DPO("sft", loop=tiny.loop(1), data=file("preference", PAIR)(folder)),
+        lambda folder: DirectAlignment("sft", loop=tiny.loop(1), data=file("preference", PAIR)(folder)),
         "eval_fraction 0.1 leaves",
     ),
     "ranks that fit no answers": (
-        lambda folder: DPO(
+        lambda folder: DirectAlignment(
             "sft", loop=tiny.loop(1), data=file("preference", PAIR, PAIR | {"ranks": [1]})(folder)
         ),
         "data.jsonl line 2: field 'ranks' has 1 entries for 2 responses",

@@ -15,7 +15,14 @@ from jrlhf.experiment import dry_run, run, tasks
 from jrlhf.lab import LarderDemonstrations, LarderPrompts
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import DPO, SFT, RewardModel, language_model, pairs, reward_model
+from jrlhf.training.stages import (
+    SFT,
+    DirectAlignment,
+    RewardModel,
+    direct_alignment,
+    language_model,
+    reward_model,
+)
 from jrlhf.training.stages.common import ModelStage
 from jrlhf.training.stages.sizes import UNKNOWN, Count, count_rows
 from jrlhf.types import Plan
@@ -54,7 +61,7 @@ def real(one_device_run, one_device_runs, monkeypatch):
     def reached(ctx, mesh, loop, steps, *rest, **more):
         raise Reached(steps)
 
-    for module in (language_model, reward_model, pairs):
+    for module in (language_model, reward_model, direct_alignment):
         monkeypatch.setattr(module, "train_offline", reached)
 
     def real(stage) -> int:
@@ -98,7 +105,7 @@ def test_rows_of_files_are_counted_and_their_mistakes_told(tmp_path, real, one_d
     assert count_rows(replace(source, max_rows=7)) == Count(7)
     assert count_rows(replace(source, max_rows=70)) == Count(40)
     for stage in (
-        DPO("sft", loop=EPOCHS, data=source, eval_fraction=0.5),
+        DirectAlignment("sft", loop=EPOCHS, data=source, eval_fraction=0.5),
         RewardModel("sft", loop=EPOCHS, data=source, eval_fraction=0.5),
     ):
         known = plan(stage, one_device_runs)
@@ -107,7 +114,7 @@ def test_rows_of_files_are_counted_and_their_mistakes_told(tmp_path, real, one_d
     with open(source.path, "a") as f:
         f.write('{"prompt": "x"}\n')
     assert count_rows(replace(source, max_rows=40)) == Count(40)
-    experiment = only("pretrain", "sft", last=DPO("sft", loop=EPOCHS, data=source))
+    experiment = only("pretrain", "sft", last=DirectAlignment("sft", loop=EPOCHS, data=source))
     with pytest.raises(UserError, match=r"^stages\.last: .*preferences\.jsonl line 41: no field"):
         dry_run(replace(experiment, mesh=MeshConfig()), tmp_path / "runs")
 

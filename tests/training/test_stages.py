@@ -168,7 +168,7 @@ def test_pairs_of_k_wise_preferences(which, pairs):
 
 
 def test_ordered_pairs_leave_out_ties_and_missing_answers():
-    found = {(int(n), int(i), int(j)) for n, i, j in zip(*ordered_pairs(RANKED), strict=True)}
+    found = {(int(n), int(i), int(j)) for n, i, j in zip(*ordered_pairs(RANKED.ranks), strict=True)}
     assert found == {(0, 0, 2), (0, 1, 0), (0, 1, 2), (1, 0, 2), (1, 1, 2), (2, 0, 1)}
 
 

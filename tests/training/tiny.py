@@ -10,10 +10,10 @@ from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import (
-    DPO,
     PPO,
     SFT,
     BestOfN,
+    DirectAlignment,
     Evaluate,
     Preferences,
     Pretrain,
@@ -71,7 +71,7 @@ experiment = Experiment(
             critic_optim=adam,
             loop=loop(5, eval_every=3),
         ),
-        "dpo": DPO(
+        "dpo": DirectAlignment(
             start="sft",
             preferences="preferences",
             algorithm=DPOConfig(beta=0.1),

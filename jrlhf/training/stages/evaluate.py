@@ -22,6 +22,7 @@ from jrlhf.data.chat import prompt_text
 from jrlhf.lab import CRITERIA, MAXIMA
 from jrlhf.metrics import progress
 from jrlhf.ops.best_of_n import best_of_n_kl
+from jrlhf.ops.pass_at_k import verdict_summary
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model, model_meta
@@ -148,6 +149,7 @@ class Evaluate(MeshStage):
         return {
             name: {
                 split: {k: float(np.mean(v)) for k, v in values.items() if v is not None}
+                | verdict_summary(values["gold"], values["length"])
                 for split, values in measured[name]["splits"].items()
             }
             for name in measured

@@ -1,6 +1,8 @@
 """The reward model: the SFT model with a scalar head, trained on preferences."""
 
-from dataclasses import dataclass
+import math
+import zlib
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -9,7 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.algorithms.reward_model import (
+    OVERALL,
     RewardModelConfig,
+    head_labels,
+    log_tie_parameter,
     make_reward_model,
     preference_scores,
 )
@@ -19,6 +24,7 @@ from jrlhf.config import (
     Source,
     StageContext,
     UserError,
+    did_you_mean,
     stage_ref,
 )
 from jrlhf.models.transformer import Model
@@ -26,8 +32,9 @@ from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.ops.intervals import wilson_interval
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import begin, load_model, save_trained
+from jrlhf.training.artifacts import Loaded, begin, load_model, save_trained
 from jrlhf.training.data import (
+    bootstrap_weights,
     in_chunks,
     load_rows,
     preference_arrays,
@@ -48,12 +55,15 @@ from jrlhf.training.stages.common import (
     labelled,
 )
 from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
-from jrlhf.types import PreferenceBatch
+from jrlhf.types import Array, PreferenceBatch
 
 
 @dataclass(frozen=True)
 class RewardModel(FineTuningStage):
-    """The SFT model with a scalar head, trained on preferences and normalised to mean 0, std 1."""
+    """The SFT model with a scalar head, trained on preferences and normalised to mean 0, std 1.
+
+    With several heads (`algorithm.heads`, `algorithm.criteria`) the reward is their weighted sum, normalised.
+    """
 
     artifact: ClassVar[str] = REWARD_MODEL
 
@@ -62,6 +72,9 @@ class RewardModel(FineTuningStage):
     eval_data: Source | None = None  # held-out preferences; None: a share of the prompts
     optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=50)
     algorithm: RewardModelConfig = RewardModelConfig()
+    # of the heads "overall" and `algorithm.criteria` in the reward, before it is normalised; {}: the overall head alone
+    weights: dict[str, float] = field(default_factory=dict)
+    member: int = 0  # of a RewardEnsemble: another initial head, another order of the data
     eval_fraction: float = 0.1  # of the prompts (all their rows) are kept for evaluation
     max_length: int = 0  # tokens of prompt and answer; 0: the model's context
     too_long: TooLongPrompt = "error"
@@ -72,50 +85,82 @@ class RewardModel(FineTuningStage):
         self.check_adapters(stages)
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
+        if self.member < 0:
+            raise UserError(f"member must not be negative, got {self.member}")
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        names, criteria = self.algorithm.head_names, self.algorithm.criteria
+        if self.weights and not criteria:
+            raise UserError("weights are of criteria: there are none in algorithm.criteria")
+        for name, weight in self.weights.items():
+            if name not in names:
+                raise UserError(f"weights: {name!r} is no head.{did_you_mean(name, names)}")
+            if not math.isfinite(weight):
+                raise UserError(f"weights.{name} is {weight}; it must be a finite number")
+        if criteria and not any(self.weights.values()) and (self.weights or not self.algorithm.overall):
+            raise UserError(f"weights: give one that is not 0, of the heads {', '.join(names)}")
+
+    def head_weights(self) -> list[float]:
+        """Of each head in the reward."""
+        names = self.algorithm.head_names
+        if not self.algorithm.criteria:
+            return [1 / len(names)] * len(names)
+        weights = self.weights or {OVERALL: 1.0}
+        return [weights.get(name, 0.0) for name in names]
 
     def plan(self, ctx):
         return preference_plan(self, ctx)
 
     def run(self, ctx: StageContext) -> dict:
+        ctx = as_member(ctx, self.member)
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
             loaded = load_model(ctx.parents[self.start], mesh)
-            rows = preference_rows(self, ctx)
-            if self.eval_data is not None:
-                held_rows = load_rows(self.eval_data, "preference", labelled(ctx.console, "eval_data"))
-            else:
-                rows, held_rows = split_by_prompt(rows, self.eval_fraction)
-            check_length(self.max_length, loaded.model, "max_length")
-            limit = self.max_length or loaded.model.config.context
-            arrays, held = (
-                preference_arrays(r, loaded.tokenizer, limit, self.too_long, ctx.console, label)
-                for r, label in zip((rows, held_rows), ("preferences", "held-out preferences"), strict=True)
-            )
-            check_ordered(held)
+            arrays, held, held_rows = self._preferences(loaded, ctx)
+            config, names, weights = self.algorithm, self.algorithm.head_names, self.head_weights()
+            if config.heads > 1:
+                draws = bootstrap_weights(arrays, config.heads, jax.random.fold_in(key, 2))
+                arrays = arrays._replace(weights=draws)
 
-            beginning = begin(loaded, "scalar", self.lora, jax.random.fold_in(key, 1))
+            beginning = begin(loaded, "scalar", self.lora, jax.random.fold_in(key, 1), len(names))
             model, start, frozen = beginning
             whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
             steps = self.loop.total_steps(rows_of(arrays))
-            algorithm = make_reward_model(self.algorithm, model, build_optimizer(self.optim, steps))
-            evaluate = lambda state, step: reward_accuracy(model, whole(state), held, mesh)  # noqa: E731
+            optimizer = build_optimizer(self.optim, steps)
+            algorithm = make_reward_model(config, model, optimizer, tie_share(arrays))
+
+            def evaluate(state, step):
+                scores = all_scores(model, whole(state), held, mesh)
+                return reward_accuracy(scores @ weights, held.ranks)
+
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), arrays,
                 evaluate,
                 ("rm/loss", "rm/acc"),
             )  # fmt: skip
             params = whole(state)
-            mean, std = reference_moments(model, params, arrays, mesh)
-            accuracy = reward_accuracy(model, params, held, mesh)
+            scores = all_scores(model, params, held, mesh)
+            of_training = all_scores(model, params, arrays, mesh)[arrays.ranks > 0]
+            mean, std = moments(of_training @ weights)
+            moments_of_each = [moments(of_training[:, h]) for h in range(len(names))]
+            accuracy = reward_accuracy(scores @ weights, held.ranks)
             by_criterion = {}
             if rows_of(held) == len(held_rows):  # none was dropped for its length
-                by_criterion = criteria_accuracy(all_scores(model, params, held, mesh), held_rows)
+                by_criterion = criteria_accuracy(scores @ weights, held_rows)
+            heads = {
+                "names": list(names),
+                "ensemble": config.heads > 1,  # or criteria
+                "weights": weights,
+                "mean": [m for m, _ in moments_of_each],
+                "std": [s for _, s in moments_of_each],
+            }
             save_trained(
                 ctx.folder, beginning, state.params["policy"], loaded.tokenizer, ctx.parents[self.start],
-                normalization={"mean": mean, "std": std},
+                normalization={"mean": mean, "std": std}, **({"heads": heads} if len(names) > 1 else {}),
             )  # fmt: skip
-        return {
+        results = {
             "held_out_accuracy": accuracy["eval/rm_acc/mean"],
             "held_out_accuracy_low": accuracy["eval/rm_acc/ci_low"],
             "held_out_accuracy_high": accuracy["eval/rm_acc/ci_high"],
@@ -124,39 +169,110 @@ class RewardModel(FineTuningStage):
             "held_out_accuracy_against": by_criterion,
             "normalization": {"mean": mean, "std": std},
         }
+        if len(names) > 1:
+            results["held_out_accuracy_of_heads"] = heads_accuracy(config, scores, held)
+        if config.heads > 1:
+            results["held_out_disagreement"] = disagreement(scores / heads["std"], held.ranks)
+        if config.objective == "regression" and config.overall:
+            error = scores[..., 0] - held.margins
+            results["held_out_squared_error"] = float(np.mean(error[held.ranks > 0] ** 2))
+        if config.models_ties:
+            results["tie_parameter"] = math.exp(float(log_tie_parameter(config, state.params)))
+        return results
+
+    def _preferences(
+        self, loaded: Loaded, ctx: StageContext
+    ) -> tuple[PreferenceBatch, PreferenceBatch, list[dict]]:
+        """Preferences to train on, those held out, and the latter's rows."""
+        rows = preference_rows(self, ctx)
+        self._check_scores(rows, "preferences")
+        if self.eval_data is not None:
+            held_rows = load_rows(self.eval_data, "preference", labelled(ctx.console, "eval_data"))
+            self._check_scores(held_rows, "eval_data")
+        else:
+            rows, held_rows = split_by_prompt(rows, self.eval_fraction)
+        check_length(self.max_length, loaded.model, "max_length")
+        limit = self.max_length or loaded.model.config.context
+        arrays, held = (
+            preference_arrays(
+                r, loaded.tokenizer, limit, self.too_long, ctx.console, label, self.algorithm.criteria
+            )
+            for r, label in zip((rows, held_rows), ("preferences", "held-out preferences"), strict=True)
+        )
+        check_ordered(held)
+        return arrays, held, held_rows
+
+    def _check_scores(self, rows: list[dict], where: str) -> None:
+        config = self.algorithm
+        if not config.overall or not (config.margins or config.objective == "regression"):
+            return
+        why = "algorithm.margins" if config.margins else "algorithm.objective 'regression'"
+        for n, row in enumerate(rows, 1):
+            if "scores" not in row:
+                raise UserError(f"{where} row {n}: no field 'scores', which {why} needs")
 
 
-def reference_moments(model: Model, params, arrays: PreferenceBatch, mesh: Mesh) -> tuple[float, float]:
+def as_member(ctx: StageContext, member: int) -> StageContext:
+    """The context of a member of an ensemble: its own draws, of heads and of the data's order."""
+    return replace(ctx, seed=zlib.crc32(f"{ctx.seed} member {member}".encode())) if member else ctx
+
+
+def moments(scores: np.ndarray) -> tuple[float, float]:
     """Mean and std of the raw scores of the training answers, which the start policy (or people) wrote."""
-    scores = all_scores(model, params, arrays, mesh)[arrays.ranks > 0]
     return float(scores.mean()), float(max(scores.std(), 1e-6))
 
 
 def all_scores(model: Model, params, arrays: PreferenceBatch, mesh: Mesh) -> np.ndarray:
+    """[N, K, n] float64 of every head."""
     f = partial(jitted_scores, model, params)
-    return in_chunks(f, arrays, chunk_rows(rows_of(arrays), mesh), mesh)
+    return in_chunks(f, arrays, chunk_rows(rows_of(arrays), mesh), mesh).astype(np.float64)
 
 
 jitted_scores = jax.jit(preference_scores, static_argnums=0)
 
 
-def ordered_pairs(arrays: PreferenceBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def tie_share(arrays: PreferenceBatch) -> float:
+    """The share of tied pairs among all."""
+    ordered, answers = len(ordered_pairs(arrays.ranks)[0]), np.sum(arrays.ranks > 0, axis=1)
+    pairs = max(int(np.sum(answers * (answers - 1) // 2)), 1)
+    return 1.0 - ordered / pairs
+
+
+def ordered_pairs(ranks: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, better answer, worse answer) of every pair that is no tie."""
-    ranks = arrays.ranks
     row, better, worse = np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
     return row, better, worse
 
 
+def heads_accuracy(config: RewardModelConfig, scores: np.ndarray, held: PreferenceBatch) -> dict[str, float]:
+    """Of each head (scores [N, K, n]) the accuracy on what it learned; a criterion without an ordered pair is left
+    out."""
+    ranks = np.asarray(head_labels(config, held._replace(weights=np.ones((1, config.heads)))).ranks)
+    found = {}
+    for h, name in enumerate(config.head_names):
+        n, i, j = ordered_pairs(ranks[..., h])
+        gap = scores[n, i, h] - scores[n, j, h]
+        if len(gap):
+            found[name] = float(np.mean(0.5 + 0.5 * np.sign(gap)))
+    return found
+
+
+def disagreement(scores: np.ndarray, ranks: Array) -> float:
+    """How far an ensemble's heads differ on a pair: the std over heads of the score difference, mean over ordered
+    pairs. scores [N, K, n]."""
+    n, i, j = ordered_pairs(ranks)
+    return float(np.mean(np.std(scores[n, i] - scores[n, j], axis=-1)))
+
+
 def check_ordered(held: PreferenceBatch) -> None:
-    if not len(ordered_pairs(held)[0]):
+    if not len(ordered_pairs(held.ranks)[0]):
         raise UserError("the held-out preferences hold no ordered pair: every answer is tied")
 
 
-def reward_accuracy(model: Model, params, held: PreferenceBatch, mesh: Mesh) -> dict[str, float]:
-    """Accuracy (ties left out, with a Wilson interval), margin and calibration on held-out pairs."""
-    scores = all_scores(model, params, held, mesh)
-    n, i, j = ordered_pairs(held)
-    gap = (scores[n, i] - scores[n, j]).astype(np.float64)
+def reward_accuracy(scores: np.ndarray, ranks: Array) -> dict[str, float]:
+    """Accuracy (ties left out, with a Wilson interval), margin and calibration of scores [N, K] on ranked answers."""
+    n, i, j = ordered_pairs(ranks)
+    gap = np.asarray(scores[n, i] - scores[n, j], np.float64)
     right = (gap > 0) + 0.5 * (gap == 0)
     low, high = wilson_interval(right.sum(), len(right))
     # Half of the pairs are turned round, so that the labels are not all ones.

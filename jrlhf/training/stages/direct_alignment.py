@@ -1,18 +1,20 @@
-"""What the stages of algorithms on pairs of answers share: everything but the algorithm (DPO and its relatives)."""
+"""Direct alignment: DPO and its relatives on preferences, without a reward model or rollouts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jrlhf.config import PREFERENCES, Source, StageContext, UserError, stage_ref
+from jrlhf.algorithms import FROM_PAIRS
+from jrlhf.algorithms.dpo import DPOConfig
+from jrlhf.config import PREFERENCES, Source, StageContext, UserError, did_you_mean, stage_ref
 from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import wilson_interval
-from jrlhf.ops.pairs import PairConfig, pair_logprobs
-from jrlhf.optim import OptimConfig, Optimizer, build_optimizer
+from jrlhf.ops.pairs import PairConfig, answers_of, pair_logprobs
+from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
@@ -30,23 +32,21 @@ from jrlhf.training.stages.common import (
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
-from jrlhf.types import Algorithm, PairBatch, PreferenceBatch
+from jrlhf.types import PairBatch, PreferenceBatch, RankedBatch
 
 
 @dataclass(frozen=True)
-class PairStage(FineTuningStage):
-    """A policy trained on pairs of ranked answers, against its own start as the reference.
+class DirectAlignment(FineTuningStage):
+    """A policy trained on ranked answers, against its own start as the reference (where `algorithm` has one).
 
-    To add one: a frozen dataclass with `algorithm` (a PairConfig with a default) and `make_algorithm`.
+    `algorithm` is the config of any of `jrlhf.algorithms.FROM_PAIRS`; another one makes another method.
     """
-
-    abstract: ClassVar[bool] = True
 
     preferences: str = stage_ref("", PREFERENCES)
     data: Source | None = None
-    pairs: Literal["all", "best_worst"] = "all"  # of each prompt's ranked answers
+    pairs: Literal["all", "best_worst"] = "all"  # of each prompt's ranked answers, for algorithms on pairs
     optim: OptimConfig = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=20)
-    algorithm: PairConfig = field(default_factory=PairConfig)
+    algorithm: PairConfig = DPOConfig()
     eval_fraction: float = 0.1  # of the prompts, for held-out implicit accuracy
     eval_prompts: Source | None = None  # sampled from during training: an offline method drifts too
     sampling: SamplingConfig = SamplingConfig()  # for eval_prompts
@@ -54,14 +54,22 @@ class PairStage(FineTuningStage):
     max_length: int = 0
     too_long: TooLongPrompt = "error"
 
-    def make_algorithm(self, model: Model, optimizer: Optimizer) -> Algorithm:
-        """Of PairBatches; its `init` takes (params, ref_params, key)."""
-        raise TypeError(f"{type(self).__name__} does not define make_algorithm()")
-
     def validate(self, stages):
+        if type(self.algorithm) not in FROM_PAIRS:
+            name = type(self.algorithm).__name__
+            hint = did_you_mean(name, [config.__name__ for config in FROM_PAIRS])
+            raise UserError(f"algorithm: {name} is none that learns from pairs of answers.{hint}")
         check_one_of(self)
         check_microbatches(self)
         self.check_adapters(stages)
+        if self.of_rankings and self.pairs != "all":
+            raise UserError(
+                f"pairs: {type(self.algorithm).__name__} learns from whole rankings, not from {self.pairs!r} pairs"
+            )
+        if self.lora.rank and getattr(self.algorithm, "ref_update_every", 0):
+            raise UserError(
+                "algorithm.ref_update_every: with adapters (lora) the reference is the base, and stays"
+            )
         if self.gold:
             program_reward(self.gold)
             if self.eval_prompts is None:
@@ -75,8 +83,12 @@ class PairStage(FineTuningStage):
         if self.eval_prompts is not None:
             check_answers(self.start, stages, self.sampling, 0)
 
+    @property
+    def of_rankings(self) -> bool:
+        return self.algorithm.learns_from == "rankings"
+
     def plan(self, ctx):
-        return preference_plan(self, ctx, self.pairs)
+        return preference_plan(self, ctx, "" if self.of_rankings else self.pairs)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -96,10 +108,14 @@ class PairStage(FineTuningStage):
                     (train_rows, held_rows), ("preferences", "held-out preferences"), strict=True
                 )
             )
-            pairs, held = pair_arrays(ranked, self.pairs), pair_arrays(answers, self.pairs)
-            held = with_reference(model, policy.params, held, mesh)
-            if self.algorithm.reference == "precomputed":
-                pairs = with_reference(model, policy.params, pairs, mesh)
+            score = partial(scored, self.algorithm, model, policy.params, mesh=mesh)
+            # Held-out accuracy is that of ordered pairs, whatever is learned from, and against the start.
+            held = score(pair_arrays(answers, self.pairs))
+            batch: PairBatch | RankedBatch = (
+                rankings(ranked) if self.of_rankings else pair_arrays(ranked, self.pairs)
+            )
+            if self.algorithm.reference_scored == "precomputed":
+                batch = score(batch)
 
             probe = None
             if self.eval_prompts:
@@ -115,25 +131,24 @@ class PairStage(FineTuningStage):
 
             def evaluate(state, step):
                 params = whole(state)
-                metrics = implicit_accuracy(trained, params, held, mesh)
+                metrics = implicit_accuracy(self.algorithm, trained, params, held, mesh)
                 return metrics | (probe(params, step) if probe else {})
 
-            steps = self.loop.total_steps(rows_of(pairs))
-            algorithm = self.make_algorithm(trained, build_optimizer(self.optim, steps))
+            steps = self.loop.total_steps(rows_of(batch))
+            make = FROM_PAIRS[type(self.algorithm)]
+            algorithm = make(self.algorithm, trained, build_optimizer(self.optim, steps))
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (beginning.trained, policy.params, key),
-                trained.logical_axes(), pairs, evaluate, ("pref/loss", "pref/acc"),
+                trained.logical_axes(), batch, evaluate, ("pref/loss", "pref/acc"),
             )  # fmt: skip
             params = save_trained(
                 ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start]
             )
-            accuracy = implicit_accuracy(model, params, held, mesh)
+            accuracy = implicit_accuracy(self.algorithm, model, params, held, mesh)
             by_criterion = {}
             if rows_of(answers) == len(held_rows):
-                gain = answer_logprobs(model, params, answers, mesh) - answer_logprobs(
-                    model, policy.params, answers, mesh
-                )
-                by_criterion = criteria_accuracy(gain, held_rows)
+                implied = implicit_rewards(self.algorithm, model, params, score(rankings(answers)), mesh)
+                by_criterion = criteria_accuracy(implied, held_rows)
         return {
             "implicit_accuracy": accuracy["eval/pref_acc/mean"],
             "implicit_accuracy_low": accuracy["eval/pref_acc/ci_low"],
@@ -142,33 +157,47 @@ class PairStage(FineTuningStage):
         }
 
 
-def answer_logprobs(model: Model, params, answers: PreferenceBatch, mesh: Mesh) -> np.ndarray:
-    """Summed log-probability of every answer, [N, K]."""
-    f = jax.jit(lambda params, batch: pair_logprobs(model, params, batch))
-    return in_chunks(partial(f, params), answers, chunk_rows(rows_of(answers), mesh), mesh)
+def rankings(answers: PreferenceBatch) -> RankedBatch:
+    """All of a prompt's answers in one row; the reference is yet to be scored."""
+    nothing = np.zeros(answers.ranks.shape, np.float32)
+    return RankedBatch(answers.tokens, answers.mask, answers.response_mask, nothing, answers.ranks)
 
 
-def with_reference(model: Model, ref_params, pairs: PairBatch, mesh: Mesh) -> PairBatch:
-    """The pairs with the reference's log-probabilities, computed once."""
-    return pairs._replace(ref_logprobs=all_pair_logprobs(model, ref_params, pairs, mesh))
+def scored(config: PairConfig, model: Model, ref_params, batch: Any, mesh: Mesh) -> Any:
+    """The batch (pairs or rankings) with the reference's log-probabilities, computed once; as it is without one."""
+    if config.reference_scored == "never":
+        return batch
+    f = partial(jitted_pair_logprobs, model, config.tail_weight, ref_params)
+    return batch._replace(ref_logprobs=in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh))
 
 
-def all_pair_logprobs(model: Model, params, pairs: PairBatch, mesh: Mesh) -> np.ndarray:
-    """Summed log-probabilities of both answers of all pairs, [N, 2]."""
-    f = partial(jitted_pair_logprobs, model, params)
-    return in_chunks(f, pairs, chunk_rows(rows_of(pairs), mesh), mesh)
+def implicit_rewards(
+    config: PairConfig, model: Model, params, batch: PairBatch | RankedBatch, mesh: Mesh
+) -> np.ndarray:
+    """What the policy implies for every answer, [N, K]: of DPO beta log(pi/ref), of others what they say."""
+    f = partial(jitted_rewards, config, model, params)
+    return in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh)
 
 
-jitted_pair_logprobs = jax.jit(pair_logprobs, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
+def jitted_pair_logprobs(model: Model, tail_weight: float, params, batch):
+    return pair_logprobs(model, params, batch, tail_weight)
 
 
-def implicit_accuracy(model: Model, params, held: PairBatch, mesh: Mesh) -> dict[str, float]:
-    """Share of held-out pairs whose chosen answer has the larger log(pi / ref)."""
-    gain = all_pair_logprobs(model, params, held, mesh) - held.ref_logprobs
-    right = float(np.sum(gain[:, 0] > gain[:, 1]))
-    low, high = wilson_interval(right, len(gain))
+@partial(jax.jit, static_argnums=(0, 1))
+def jitted_rewards(config: PairConfig, model: Model, params, batch):
+    return config.implicit_reward(answers_of(model, params, batch, config.tail_weight))
+
+
+def implicit_accuracy(
+    config: PairConfig, model: Model, params, held: PairBatch, mesh: Mesh
+) -> dict[str, float]:
+    """Share of held-out pairs whose chosen answer has the larger implicit reward."""
+    rewards = implicit_rewards(config, model, params, held, mesh)
+    right = float(np.sum(rewards[:, 0] > rewards[:, 1]))
+    low, high = wilson_interval(right, len(rewards))
     return {
-        "eval/pref_acc/mean": right / len(gain),
+        "eval/pref_acc/mean": right / len(rewards),
         "eval/pref_acc/ci_low": low,
         "eval/pref_acc/ci_high": high,
     }

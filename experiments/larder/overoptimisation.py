@@ -1,0 +1,43 @@
+"""B4: PPO without a KL penalty against a learned reward: gold rises, then falls, while the reward model goes on
+praising.
+
+Goodhart's law with a known truth (Gao et al. 2022): R(d) = d(a - b log d), with d the square root of the KL to SFT.
+
+Command    jrlhf run experiments/larder/overoptimisation.py --seeds 0 1 2 3 4 --seed_from preferences
+Hardware   two CPU cores, 3 GiB of memory
+Time       about 25 minutes with five seeds
+Expected   gold rises to at least 1.8 times that of SFT before KL 3 and falls to at most half of its peak by KL 12,
+the learned
+           reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d)
+"""
+
+from best_of_n import weak
+from ppo_vs_dpo import answers
+from ppo_vs_dpo import experiment as base
+
+from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.experiment import Experiment
+from jrlhf.lab import LarderPrompts
+from jrlhf.optim import OptimConfig
+from jrlhf.training.loop import LoopConfig
+from jrlhf.training.stages import PPO
+
+experiment = Experiment(
+    name="larder-overoptimisation",
+    stages={
+        "pretrain": base.stages["pretrain"],
+        "sft": base.stages["sft"],
+        **weak,
+        "ppo": PPO(
+            start="sft",
+            reward="reward_model",
+            prompts=LarderPrompts(size=12_800),
+            gold="larder_gold",
+            algorithm=PPOConfig(beta=0.0, missing_eos_penalty=0.0),
+            sampling=answers,
+            optim=OptimConfig(lr=3e-4, eps=1e-5, warmup_steps=16),
+            critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
+            loop=LoopConfig(steps=150, batch_size=128),
+        ),
+    },
+)

@@ -1,0 +1,78 @@
+"""B5: algorithms without a critic next to PPO, at equal KL coefficient and budget, against the same reward model.
+
+With -beta·k1 in the reward PPO, RLOO and REINFORCE maximise one objective, and end near one another. GRPO as
+published divides by the group's spread and has k3 in the loss: the same beta holds it far less.
+
+Command    jrlhf run experiments/larder/rl_family.py --seeds 0 1 2 3 4 --seed_from ppo
+Hardware   two CPU cores, 2 GiB of memory
+Time       about 30 minutes with five seeds
+Expected   RLOO's KL within 15% of PPO's and gold within 0.15; both keep at least 90% of their own peak; GRPO's KL at
+           least 1.5 times theirs
+"""
+
+from dataclasses import replace
+
+from ppo_vs_dpo import answers, evaluation_prompts
+from ppo_vs_dpo import experiment as base
+
+from jrlhf.algorithms.dr_grpo import DrGRPOConfig
+from jrlhf.algorithms.grpo import GRPOConfig
+from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.algorithms.rloo import RLOOConfig
+from jrlhf.experiment import Experiment
+from jrlhf.lab import LarderPrompts
+from jrlhf.ops.on_policy import OnPolicyConfig
+from jrlhf.optim import OptimConfig
+from jrlhf.training.loop import LoopConfig
+from jrlhf.training.stages import PPO, Evaluate, OnPolicy
+
+BETA, GROUP = 0.1, 4
+shared = {"beta": BETA, "missing_eos_penalty": 1.0}
+# Several passes over each batch, as PPO has; an answer as a whole leaves the clip sooner than its tokens do.
+passes = {"epochs": 2, "minibatches": 2, "group_size": GROUP}
+algorithms: dict[str, OnPolicyConfig] = {
+    "rloo": RLOOConfig(**shared, **passes),
+    "dr_grpo": DrGRPOConfig(**shared, **passes),  # with its penalty in the reward
+    "grpo": GRPOConfig(**shared, **passes),
+}
+
+
+def critic_free(algorithm: OnPolicyConfig) -> OnPolicy:
+    return OnPolicy(
+        start="sft",
+        reward="reward_model",
+        prompts=LarderPrompts(size=12_800),
+        gold="larder_gold",
+        algorithm=algorithm,
+        sampling=answers,
+        optim=OptimConfig(lr=3e-4, eps=1e-5, warmup_steps=16),
+        loop=LoopConfig(steps=100, batch_size=128),
+    )
+
+
+ppo = base.stages["ppo"]
+assert isinstance(ppo, PPO)
+arms = {
+    "ppo": replace(
+        ppo,
+        algorithm=PPOConfig(**shared),
+        prompts=LarderPrompts(size=12_800),
+        loop=LoopConfig(steps=100, batch_size=128),
+    ),
+    **{name: critic_free(algorithm) for name, algorithm in algorithms.items()},
+}
+
+experiment = Experiment(
+    name="larder-rl-family",
+    stages={
+        **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
+        **arms,
+        "evaluate": Evaluate(
+            policies=("sft", *arms),
+            gold="larder_gold",
+            proxy="reward_model",
+            prompts=evaluation_prompts,
+            sampling=answers,
+        ),
+    },
+)

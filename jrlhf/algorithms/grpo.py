@@ -1,0 +1,47 @@
+"""Group relative policy optimisation, as published (DeepSeekMath, Shao et al. 2024, eq. 3 and 4).
+
+    A_i = (r_i - mean(r)) / std(r)                                              over the answers to a prompt
+    L = -1/G Σ_i 1/|y_i| Σ_t [ min(ρ_it A_i, clip(ρ_it, 1 ± clip) A_i) - beta · k3_it ]
+
+Its fixed point is not that of E[r] - beta·KL(π‖ref): the division by the group's spread, the mean over each answer's
+own tokens, and k3 in the loss (whose gradient is that of the forward KL) all move it (docs/algorithms.md). With
+`scale="none"`, `kl="reward"` and `normalise="sum"` it optimises that objective.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jrlhf.ops.advantages import group_advantages
+from jrlhf.ops.on_policy import KL, LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.policy_losses import clipped_loss
+from jrlhf.optim import Optimizer
+from jrlhf.types import Algorithm
+
+
+@dataclass(frozen=True)
+class GRPOConfig(OnPolicyConfig):
+    group_size: int = 8
+    beta: float = 0.04
+    kl: KL = "k3"
+    normalise: Normalise = "sequence"
+    clip: float = 0.2
+    scale: Literal["group", "batch", "none"] = "group"  # whose standard deviation advantages are divided by
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_groups(self)
+
+
+def make_grpo(
+    config: GRPOConfig, model: LanguageModel, optimizer: Optimizer, temperature: float = 1.0
+) -> Algorithm:
+    def advantages(rewards_BR, mask_BR, greedy_B):
+        rewards_B = rewards_BR.sum(axis=1)
+        advantages_B = group_advantages(rewards_B, config.group_size, std=config.scale == "group")
+        return advantages_B / (jnp.std(rewards_B, ddof=1) + 1e-4) if config.scale == "batch" else advantages_B
+
+    loss = partial(clipped_loss, clip=config.clip)
+    return policy_gradient(config, advantages, loss, model, optimizer, temperature)

@@ -1,0 +1,88 @@
+"""Learning from the best of one's own answers: RAFT, expert iteration, best-of-n distillation.
+
+    L = -1/Σ|y_i| Σ_i over accepted answers Σ_t log π(y_it)
+
+- `accept="best"`: the best of each prompt's `group_size` answers (RAFT, Dong et al. 2023). Each step moves towards
+  the best-of-n policy of the present one, without end: with `beta` answers are ranked by the score less beta
+  log(π/ref), as the paper has it.
+- `accept="above"`: every answer that scores at least `threshold` (expert iteration, Anthony et al. 2017;
+  rejection-sampling fine-tuning, Yuan et al. 2023): filtered imitation, whose fixed points are the policies that are
+  always accepted.
+- `samples="reference"`: the answers come from the frozen start. With "best" this is best-of-n distillation: the
+  forward KL from the best-of-n law of the start, which is its fixed point (KL to the start: log n - (n-1)/n at most).
+
+Ties for the best are broken by the order of rows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jrlhf.config import UserError
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    OnPolicyConfig,
+    PolicyBatch,
+    check_groups,
+    policy_gradient,
+    take_rows,
+)
+from jrlhf.ops.policy_losses import reinforce_loss
+from jrlhf.optim import Optimizer
+from jrlhf.types import Algorithm
+
+
+@dataclass(frozen=True)
+class RAFTConfig(OnPolicyConfig):
+    group_size: int = 8
+    beta: float = 0.0
+    accept: Literal["best", "above"] = "best"
+    threshold: float = 1.0  # for accept "above"
+    samples: Literal["policy", "reference"] = "policy"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl != "reward":
+            raise UserError(
+                f"kl {self.kl!r} is not possible here: accepted answers are no samples of the policy"
+            )
+        if self.samples == "reference" and self.beta:
+            raise UserError(
+                "beta holds the policy to the reference; samples 'reference' do so by themselves: set it to 0"
+            )
+        if self.accept == "best":
+            check_groups(self)
+
+    @property
+    def learned_per_group(self) -> int:
+        return 1 if self.accept == "best" else self.group_size
+
+    @property
+    def sample_from(self) -> Literal["policy", "reference"]:
+        return self.samples
+
+
+def make_raft(
+    config: RAFTConfig, model: LanguageModel, optimizer: Optimizer, temperature: float = 1.0
+) -> Algorithm:
+    alike = lambda rewards_BR, mask_BR, greedy_B: jnp.ones_like(rewards_BR)  # noqa: E731
+    imitation = policy_gradient(config, alike, reinforce_loss, model, optimizer, temperature)
+    imitated = imitation.make_batch
+    assert imitated is not None
+
+    def make_batch(state, rollout, scores_B) -> PolicyBatch:
+        batch = imitated(state, rollout, scores_B)
+        total_B = batch.rewards.sum(axis=1)
+        if config.samples == "reference":  # what is measured on samples of the policy cannot be measured here
+            of_policy = lambda name: name.startswith(("mismatch/", "kl/"))  # noqa: E731
+            batch = batch._replace(metrics={k: v for k, v in batch.metrics.items() if not of_policy(k)})
+        if config.accept == "above":
+            kept_B = batch.kept & (total_B >= config.threshold)
+            accepted = jnp.mean(kept_B, dtype=jnp.float32)
+            return batch._replace(kept=kept_B, metrics=batch.metrics | {"rollout/accepted": accepted})
+        # Only the best rows go through the update: a group_size-th of the batch.
+        best_G = jnp.argmax(total_B.reshape(-1, config.group_size), axis=1)
+        return take_rows(batch, jnp.arange(best_G.shape[0]) * config.group_size + best_G)
+
+    return imitation._replace(make_batch=make_batch)

@@ -1,0 +1,526 @@
+"""What algorithms that learn from their own samples share: PPO, GRPO, RLOO and their relatives.
+
+The driver samples responses and scores them. `score_rollout` turns scores into rewards per token, in numbered stages;
+an algorithm turns those into advantages; `run_updates` goes over the batch in epochs of minibatches, each minimising
+`policy_objective`: the algorithm's own surrogate, a KL penalty and an entropy bonus.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jrlhf.config import UserError
+from jrlhf.ops.advantages import overlong_penalty
+from jrlhf.ops.kl import kl_k1, kl_k2, kl_k3
+from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
+from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
+from jrlhf.ops.reference import refreshed_reference
+from jrlhf.sharding import constrain_rows
+from jrlhf.types import Algorithm, Array, Params, Rollout, TrainState
+
+KL = Literal["reward", "k1", "k2", "k3", "full", "implicit"]
+Normalise = Literal["token", "sequence", "sum", "constant"]
+ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """What the configs of these algorithms begin with; an algorithm overrides the defaults that its paper has."""
+
+    abstract: ClassVar[bool] = True
+    greedy_baseline: ClassVar[bool] = False  # make_batch also wants the scores of greedy answers
+    implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
+
+    # The KL penalty. "reward": -beta·k1 per token in the reward, which optimises E[r] - beta·KL(π‖ref). Others put an
+    # estimator into the loss, and optimise what its gradient says (ops/kl.py, docs/algorithms.md). "implicit": the
+    # algorithm's own loss has it.
+    beta: float = field(default=0.05, kw_only=True)  # the first one, when adaptive; 0: no penalty
+    kl: KL = field(default="reward", kw_only=True)
+    kl_level: Literal["token", "sequence"] = field(
+        default="token", kw_only=True
+    )  # of an estimator in the loss
+    # The estimator times the ratio to the policy that sampled: its gradient is then that of KL(π‖ref) (DeepSeek-V3.2,
+    # 2025, eq. 7), at the level that it is taken at.
+    kl_ratio: bool = field(default=False, kw_only=True)
+    target_kl: float = field(
+        default=0.0, kw_only=True
+    )  # > 0: adapt beta towards this KL per sequence, in nats
+    kl_horizon: int = field(
+        default=10_000, kw_only=True
+    )  # sequences over which the adaptive coefficient moves
+    ref_update_every: int = field(
+        default=0, kw_only=True
+    )  # steps between updates of the reference; 0: frozen
+    ref_mixup: float = field(default=1.0, kw_only=True)  # share of the policy in an update; 1: a copy
+
+    # The samples and their scores.
+    group_size: int = field(default=1, kw_only=True)  # answers to each prompt, in consecutive rows
+    resample_rounds: int = field(
+        default=0, kw_only=True
+    )  # rounds of fresh prompts, at most, that replace groups of
+    # equal scores (dynamic sampling, DAPO); 0: none
+    missing_eos_penalty: float = field(
+        default=0.0, kw_only=True
+    )  # off the score of an answer that did not end
+    score_clip: float = field(default=0.0, kw_only=True)  # clip scores to +- this; 0: off
+    overlong_buffer: float = field(
+        default=0.0, kw_only=True
+    )  # last share of the slots for an answer, in which its
+    # length is punished (DAPO); 0: off
+    overlong_penalty: float = field(default=1.0, kw_only=True)  # at full length
+    mask_truncated: bool = field(default=False, kw_only=True)  # learn nothing from answers that did not end
+
+    # The update.
+    epochs: int = field(default=1, kw_only=True)  # passes over each batch of rollouts
+    minibatches: int = field(default=1, kw_only=True)  # optimiser steps per pass
+    microbatches: int = field(default=1, kw_only=True)  # pieces of a minibatch in memory one after the other
+    stop_kl: float = field(
+        default=0.0, kw_only=True
+    )  # skip an iteration's other updates once approx_kl passes it
+    # What a token's loss is divided by: "token", the minibatch's tokens; "sequence", its answer's tokens and the
+    # number of answers; "sum", the number of answers; "constant", that times the slots for an answer.
+    normalise: Normalise = field(default="token", kw_only=True)
+    entropy_coef: float = field(default=0.0, kw_only=True)
+    # Truncated importance sampling: each token's loss times min(trainer / sampler, cap) (Yao et al. 2025); 0: off.
+    importance_cap: float = field(default=0.0, kw_only=True)
+    importance_level: Literal["token", "sequence"] = field(default="token", kw_only=True)
+
+    def __post_init__(self):
+        positive = ("kl_horizon", "group_size", "epochs", "minibatches", "microbatches")
+        not_negative = ("beta", "target_kl", "ref_update_every", "resample_rounds", "missing_eos_penalty")
+        not_negative += (
+            "score_clip",
+            "overlong_buffer",
+            "overlong_penalty",
+            "stop_kl",
+            "entropy_coef",
+            "importance_cap",
+        )
+        for name in positive + not_negative:
+            value = getattr(self, name)
+            if value < 0 or (name in positive and value == 0):
+                rule = "positive" if name in positive else "zero or more"
+                raise UserError(f"{name} must be {rule}, got {value}")
+        if self.target_kl and not self.beta:
+            raise UserError("target_kl adapts beta by factors, so beta must start above 0")
+        if self.kl_level == "sequence" and self.kl not in ESTIMATORS:
+            raise UserError(
+                f"kl_level 'sequence' is for the estimators k1, k2 and k3 in the loss, not for kl {self.kl!r}"
+            )
+        if self.kl_ratio and self.kl not in ESTIMATORS:
+            raise UserError(
+                f"kl_ratio is for the estimators k1, k2 and k3 in the loss, not for kl {self.kl!r}"
+            )
+        if (self.kl == "implicit") != self.implicit_kl:
+            raise UserError(f"kl {self.kl!r} is not possible in {type(self).__name__}")
+        if self.overlong_buffer > 1:
+            raise UserError(
+                f"overlong_buffer is a share of an answer's slots, at most 1, got {self.overlong_buffer}"
+            )
+        if not 0 < self.ref_mixup <= 1:
+            raise UserError(f"ref_mixup must be in (0, 1], got {self.ref_mixup}")
+        if self.ref_mixup < 1 and not self.ref_update_every:
+            raise UserError("ref_mixup is for a reference that is updated: set ref_update_every")
+        if self.resample_rounds and self.group_size < 2:
+            raise UserError("resample_rounds replaces groups of equal scores: group_size must be at least 2")
+
+    @property
+    def learned_per_group(self) -> int:
+        """Rows that the update has for each prompt."""
+        return self.group_size
+
+    @property
+    def sample_from(self) -> Literal["policy", "reference"]:
+        """Whose answers are learned from; the reference is the frozen start."""
+        return "policy"
+
+    @property
+    def parts(self) -> int:
+        """Pieces in which a batch goes through the model."""
+        return self.minibatches * self.microbatches
+
+
+def check_groups(config: OnPolicyConfig, least: int = 2) -> None:
+    if config.group_size < least:
+        raise UserError(f"group_size must be at least {least} here, got {config.group_size}")
+
+
+class LanguageModel(Protocol):
+    """What these algorithms ask of a model (`jrlhf.models.transformer.Model`)."""
+
+    @property
+    def base(self) -> "LanguageModel": ...
+
+    def whole(self, trained: Params, frozen: Params | None) -> Params: ...
+
+    def logprobs(self, params, tokens, mask, start=1, temperature=1.0) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities and entropies of tokens [start, T), each [B, T - start]."""
+
+    def divergence(self, params, other_params, tokens, mask, start=1, temperature=1.0) -> jax.Array:
+        """KL to the base model with other_params over the whole vocabulary at each position, [B, T - start]."""
+
+
+class Policy(NamedTuple):
+    """Functions of params and "reference" (the frozen start), tokens and mask [B, P + R], start = P, temperature."""
+
+    forward: Callable[
+        ..., tuple[jax.Array, jax.Array, Any]
+    ]  # -> log-probs, entropy [B, R], and what a critic adds
+    reference: Callable[..., jax.Array]  # of the reference's own params -> log-probs [B, R]
+    divergence: Callable[..., jax.Array] | None = None  # -> full-vocabulary KL to the reference [B, R]
+
+
+def policy_of(model: LanguageModel) -> Policy:
+    def forward(params, tokens, mask, start, temperature):
+        whole = model.whole(params["policy"], params["reference"])
+        return *model.logprobs(whole, tokens, mask, start, temperature), ()
+
+    def reference(ref_params, tokens, mask, start, temperature):
+        return model.base.logprobs(ref_params, tokens, mask, start, temperature)[0]
+
+    return Policy(forward, reference, divergence_of(model))
+
+
+def divergence_of(model: LanguageModel) -> Callable[..., jax.Array]:
+    def divergence(params, tokens, mask, start, temperature):
+        whole = model.whole(params["policy"], params["reference"])
+        return model.divergence(whole, params["reference"], tokens, mask, start, temperature)
+
+    return divergence
+
+
+class PolicyBatch(NamedTuple):
+    tokens: Array  # [B, P+R]
+    mask: Array  # [B, P+R]
+    response_mask: Array  # [B, R]
+    kept: Array  # [B] bool: rows that are learned from
+    logprobs: Array  # [B, R] of the policy that sampled, by the trainer
+    ref_logprobs: Array  # [B, R]
+    weights: Array  # [B, R] importance of trainer over sampler, truncated; ones where that is off
+    rewards: Array  # [B, R] per token, the KL penalty included
+    advantages: Array  # [B, R]
+    extra: Any  # an algorithm's own arrays, a row each
+    metrics: Any  # of the batch's making; passed on by train_step
+
+
+def reference_params(state: TrainState) -> Params:
+    """Those of the reference that the penalty is to: the frozen start, or its refreshed successor."""
+    return state.extra.get("reference", state.ref_params)
+
+
+def initial_extra(config: OnPolicyConfig, policy_params: Params, ref_params: Params) -> tuple[dict, Params]:
+    """(`TrainState.extra`, `ref_params`). A reference that is refreshed is part of the state that is trained."""
+    extra = {"kl_coef": jnp.float32(config.beta)}
+    if not config.ref_update_every:
+        return extra, ref_params
+    if jax.tree.map(jnp.shape, policy_params) != jax.tree.map(jnp.shape, ref_params):
+        raise UserError("ref_update_every is not possible with adapters (lora): their reference is the base")
+    return extra | {"reference": ref_params}, None
+
+
+def score_rollout(
+    config: OnPolicyConfig,
+    policy: Policy,
+    state: TrainState,
+    rollout: Rollout,
+    scores: jax.Array,
+    temperature: float,
+) -> PolicyBatch:
+    """A batch without advantages yet. scores [B]: the reward of each whole response.
+
+    The old log-probabilities are the trainer's own, by the same function that is trained: the first ratio is exactly 1.
+    """
+    tokens, mask, response = rollout.tokens, rollout.mask, rollout.response_mask
+    start = tokens.shape[1] - response.shape[1]
+    kl_coef = state.extra["kl_coef"]
+    if tokens.shape[0] % config.parts:
+        raise ValueError(
+            f"{tokens.shape[0]} rows do not divide into minibatches x microbatches = {config.parts}"
+        )
+
+    # 1. Old log-probabilities (and a critic's values), and those of the reference.
+    reference = reference_params(state)
+    params = state.params | {"reference": reference}
+    forward = lambda rows: policy.forward(params, *rows, start, temperature)  # noqa: E731
+    logprobs, entropy, extra = map_rows(forward, (tokens, mask), config.parts)
+    of_reference = lambda rows: policy.reference(reference, *rows, start, temperature)  # noqa: E731
+    ref_logprobs = map_rows(of_reference, (tokens, mask), config.parts)
+    # 2. The score: clipped, less penalties for never ending and for length, at the last response token.
+    length = jnp.sum(response, axis=1, dtype=jnp.float32)
+    final = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
+    final = final - config.missing_eos_penalty * (~rollout.ended).astype(jnp.float32)
+    if config.overlong_buffer:
+        too_long = overlong_penalty(length, response.shape[1], config.overlong_buffer * response.shape[1])
+        final = final - config.overlong_penalty * too_long
+    at_last = jax.nn.one_hot(last_token_index(response), response.shape[1], dtype=jnp.float32)
+    # 3. Per-token reward: -beta * (log pi - log ref), plus the score at the end. No gradient goes through it.
+    kl = kl_k1(logprobs, ref_logprobs) * response.astype(jnp.float32)
+    rewards = at_last * final[:, None]
+    if config.kl == "reward":
+        rewards = rewards - kl_coef * kl
+    # 4. How much more likely the trainer finds the samples than the sampler did.
+    mismatch = jnp.where(response, logprobs - rollout.logprobs, 0.0)
+    kept = rollout.ended if config.mask_truncated else jnp.ones_like(rollout.ended)
+    weights = importance_weights(mismatch, config.importance_cap, config.importance_level)
+
+    total, sequence_kl = jnp.sum(rewards, axis=1), jnp.sum(kl, axis=1)
+    sequence_weight = jnp.exp(jnp.sum(mismatch, axis=1))
+    metrics = {
+        "reward/total/mean": jnp.mean(total),
+        "reward/total/std": jnp.std(total),
+        "reward/score/mean": jnp.mean(scores),
+        "reward/score/std": jnp.std(scores),
+        "reward/length_corr": _correlation(length, scores),
+        "kl/ref_k1": jnp.mean(sequence_kl),
+        "kl/ref_k3": jnp.mean(masked_sum(kl_k3(logprobs, ref_logprobs), response, axis=1)),
+        "kl/coef": kl_coef,
+        "policy/entropy": masked_mean(entropy, response),
+        "rollout/len_mean": jnp.mean(length),
+        "rollout/len_max": jnp.max(length),
+        "rollout/eos_rate": jnp.mean(rollout.ended, dtype=jnp.float32),
+        "rollout/trunc_rate": jnp.mean(~rollout.ended, dtype=jnp.float32),
+        "perf/pad_frac": 1.0 - jnp.mean(mask, dtype=jnp.float32),
+        "mismatch/kl": masked_mean(-mismatch, response),
+        "mismatch/logp_diff_max": jnp.max(jnp.abs(mismatch)),
+        "mismatch/ess": jnp.square(jnp.sum(sequence_weight))
+        / jnp.sum(jnp.square(sequence_weight))
+        / sequence_weight.shape[0],
+    }
+    if config.group_size > 1:
+        groups = scores.reshape(-1, config.group_size)
+        equal = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
+        metrics["reward/frac_zero_std_groups"] = jnp.mean(equal, dtype=jnp.float32)
+    return PolicyBatch(
+        tokens, mask, response, kept, logprobs, ref_logprobs, weights, rewards, jnp.zeros_like(rewards), extra, metrics
+    )  # fmt: skip
+
+
+def with_advantages(batch: PolicyBatch, advantages: Array) -> PolicyBatch:
+    """advantages [B, R], or [B] for whole answers; their mean and spread over tokens are logged."""
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], batch.response_mask.shape)
+    advantages = jnp.where(batch.response_mask, advantages, 0.0)
+    mean = masked_mean(advantages, batch.response_mask)
+    spread = jnp.sqrt(masked_mean(jnp.square(advantages - mean), batch.response_mask))
+    metrics = batch.metrics | {"adv/mean": mean, "adv/std": spread}
+    return batch._replace(advantages=advantages, metrics=metrics)
+
+
+def importance_weights(mismatch: Array, cap: float, level: str) -> jax.Array:
+    """min(exp(mismatch), cap) of each token, or of whole answers, [B, R]; ones for cap 0 (Yao et al. 2025).
+
+    mismatch: the trainer's log-probabilities less the sampler's, 0 where masked.
+    """
+    if not cap:
+        return jnp.ones_like(mismatch)
+    if level == "sequence":
+        mismatch = jnp.broadcast_to(jnp.sum(mismatch, axis=1, keepdims=True), mismatch.shape)
+    return jnp.minimum(jnp.exp(mismatch), cap)
+
+
+class Shares(NamedTuple):
+    """What each token, and each answer, counts in a minibatch's means; they are taken before it is cut in pieces."""
+
+    loss: Array  # [B, R] in the loss (`OnPolicyConfig.normalise`)
+    tokens: Array  # [B, R] in a mean over tokens
+    rows: Array  # [B] in a mean over answers
+
+
+def shares_of(normalise: str, response_mask: Array, kept: Array) -> Shares:
+    """Shares of `response_mask` [B, R] in the rows that are `kept` [B]."""
+    mask = (response_mask & kept[:, None]).astype(jnp.float32)
+    kept = jnp.any(mask > 0, axis=1).astype(jnp.float32)
+    rows = kept / jnp.maximum(jnp.sum(kept), 1.0)
+    tokens = mask / jnp.maximum(jnp.sum(mask), 1.0)
+    each = {
+        "token": lambda: tokens,
+        "sequence": lambda: mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0) * rows[:, None],
+        "sum": lambda: mask * rows[:, None],
+        "constant": lambda: mask * rows[:, None] / mask.shape[1],
+    }
+    return Shares(each[normalise](), tokens, rows)
+
+
+# (log-probs, old log-probs, advantages, mask: each [B, R]) -> (loss of each token [B, R], those whose gradient
+# is clipped away [B, R] bool, or None where nothing is). A loss of whole answers stands at each of their tokens.
+TokenLoss = Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
+
+
+def policy_objective(
+    config: OnPolicyConfig,
+    token_loss: TokenLoss,
+    policy: Policy,
+    params: Params,
+    rows: PolicyBatch,
+    shares: Shares,
+    kl_coef: jax.Array,
+    temperature: float,
+) -> tuple[jax.Array, dict, dict, Any]:
+    """(loss, sums, maxima, what the forward pass adds) of a minibatch, or of a piece of it.
+
+    Σ_t share_t · [ weight_t · surrogate_t + beta · KL_t ] - entropy_coef · mean over tokens of H_t
+    """
+    start = rows.tokens.shape[1] - rows.response_mask.shape[1]
+    logprobs, entropy, extra = policy.forward(params, rows.tokens, rows.mask, start, temperature)
+    mask = rows.response_mask & rows.kept[:, None]
+    mean = lambda x, share: masked_sum(x * share, share > 0)  # noqa: E731
+    losses, clipped = token_loss(logprobs, rows.logprobs, rows.advantages, mask)
+    surrogate = mean(losses * rows.weights, shares.loss)
+    # A ratio is exp of this; masked before exp, for an overflow on a masked token would reach the gradient as 0·inf.
+    log_ratio = jax.lax.stop_gradient(jnp.where(mask, logprobs - rows.logprobs, 0.0))
+    sums = {
+        "policy/loss": surrogate,
+        "policy/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio, shares.tokens),
+    }
+    if clipped is not None:
+        sums["policy/clip_frac"] = mean(clipped.astype(jnp.float32), shares.tokens)
+    loss = surrogate
+    if config.kl in (*ESTIMATORS, "full") and config.beta:
+        penalty = kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temperature)
+        loss = loss + kl_coef * penalty
+        sums["kl/loss"] = penalty
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * mean(entropy, shares.tokens)
+    return loss, sums, {"policy/ratio_max": jnp.exp(jnp.max(log_ratio))}, extra
+
+
+def kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temperature) -> jax.Array:
+    """The KL estimate in the loss, weighted like the surrogate (or, of whole sequences, a mean over answers)."""
+    if config.kl == "full":
+        full = policy.divergence(params, rows.tokens, rows.mask, start, temperature)
+        return masked_sum(full * shares.loss, mask)
+    # Masked before the estimators: k3 has an exp.
+    logprobs, ref_logprobs, old_logprobs = (
+        jnp.where(mask, x, 0.0) for x in (logprobs, rows.ref_logprobs, rows.logprobs)
+    )
+    share = shares.loss
+    if config.kl_level == "sequence":
+        logprobs, ref_logprobs, old_logprobs = (
+            jnp.sum(x, axis=1) for x in (logprobs, ref_logprobs, old_logprobs)
+        )
+        share = shares.rows
+    estimate = ESTIMATORS[config.kl](logprobs, ref_logprobs)
+    if config.kl_ratio:
+        estimate = estimate * jnp.exp(logprobs - old_logprobs)
+    return jnp.sum(estimate * share)
+
+
+def run_updates(
+    config: OnPolicyConfig, update: Callable, state: TrainState, batch: Any
+) -> tuple[Any, dict, jax.Array]:
+    """All epochs and minibatches of one iteration in a scan: (params and optimiser state, metrics, updates done).
+
+    `update((params, opt_state), rows) -> ((params, opt_state), sums, maxima)`. Every epoch has its own order of rows.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    key = jax.random.fold_in(state.key, state.step)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
+    order = order.reshape(config.epochs * config.minibatches, -1)
+
+    def step(carry, index):
+        def run(carry):
+            learned, sums, maxima, done, _ = carry
+            learned, more, peak = update(learned, constrain_rows(jax.tree.map(lambda x: x[index], batch)))
+            sums, maxima = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, peak)
+            stop = (more["policy/approx_kl"] > config.stop_kl) if config.stop_kl else jnp.bool_(False)
+            return learned, sums, maxima, done + 1.0, stop
+
+        if not config.stop_kl:
+            return run(carry), None
+        return jax.lax.cond(carry[-1], lambda carry: carry, run, carry), None
+
+    learned = (state.params, state.opt_state)
+    _, sums, maxima = jax.eval_shape(update, learned, jax.tree.map(lambda x: x[order[0]], batch))
+    filled = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)  # noqa: E731
+    start = (learned, filled(sums, 0.0), filled(maxima, -jnp.inf), jnp.float32(0.0), jnp.bool_(False))
+    (learned, sums, maxima, done, _), _ = jax.lax.scan(step, start, order)
+    return learned, jax.tree.map(lambda x: x / done, sums) | maxima | {"policy/updates": done}, done
+
+
+def next_extra(
+    config: OnPolicyConfig, state: TrainState, policy_params: Params, metrics: dict, sequences: int
+) -> dict:
+    """`TrainState.extra` after a step: the adapted KL coefficient, and the refreshed reference."""
+    extra = dict(state.extra)
+    if config.target_kl:
+        extra["kl_coef"] = adapted_kl_coef(config, extra["kl_coef"], metrics["kl/ref_k1"], sequences)
+    if config.ref_update_every:
+        extra["reference"] = refreshed_reference(
+            extra["reference"], policy_params, state.step + 1, config.ref_update_every, config.ref_mixup
+        )
+    return extra
+
+
+def adapted_kl_coef(config: OnPolicyConfig, kl_coef, kl, sequences: int) -> jax.Array:
+    """Ziegler et al. 2019, section 2.2: a proportional controller on log beta with a clipped error."""
+    error = jnp.clip(kl / config.target_kl - 1.0, -0.2, 0.2)
+    return kl_coef * (1.0 + error * sequences / config.kl_horizon)
+
+
+# (rewards per token [B, R], response mask [B, R], scores of greedy answers [B] or None) -> advantages, [B] or [B, R]
+Advantages = Callable[[Array, Array, Array | None], Array]
+
+
+def policy_gradient(
+    config: OnPolicyConfig,
+    advantages: Advantages,
+    token_loss: TokenLoss,
+    model: LanguageModel,
+    optimizer: Any,
+    temperature: float,
+) -> Algorithm:
+    """The algorithm without a critic that has these advantages and this loss; `init(params, ref_params, key)`.
+
+    `temperature` is the one that responses are sampled at: it is part of the policy here too.
+    """
+    policy = policy_of(model)
+
+    def init(params, ref_params, key) -> TrainState:
+        extra, ref_params = initial_extra(config, params, ref_params)
+        params = {"policy": params}
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, key, extra)
+
+    def make_batch(state: TrainState, rollout: Rollout, scores: jax.Array, greedy: jax.Array | None = None):
+        batch = score_rollout(config, policy, state, rollout, scores, temperature)
+        return with_advantages(batch, advantages(batch.rewards, batch.response_mask, greedy))
+
+    def train_step(state: TrainState, batch: PolicyBatch):
+        frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
+
+        def update(learned, rows: PolicyBatch):
+            params, opt_state = learned
+            shares = shares_of(config.normalise, rows.response_mask, rows.kept)
+
+            def loss(params, piece):
+                rows, shares = piece
+                whole = params | {"reference": frozen}
+                value, sums, maxima, _ = policy_objective(
+                    config, token_loss, policy, whole, rows, shares, kl_coef, temperature
+                )
+                return value, (sums, maxima)
+
+            sums, maxima, grads = value_and_grad_rows(loss, params, (rows, shares), config.microbatches)
+            params, opt_state, norm = optimizer.apply(grads, opt_state, params)
+            return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
+
+        (params, opt_state), metrics, _ = run_updates(config, update, state, batch._replace(metrics=None))
+        metrics |= batch.metrics
+        metrics["policy/lr"] = optimizer.learning_rate(state.step * config.epochs * config.minibatches)
+        extra = next_extra(config, state, params["policy"], metrics, batch.tokens.shape[0])
+        return TrainState(state.step + 1, params, opt_state, state.ref_params, state.key, extra), metrics
+
+    return Algorithm(init, make_batch, train_step)
+
+
+def take_rows(batch: PolicyBatch, index: Array) -> PolicyBatch:
+    """The rows `index` [M] of a batch, with the metrics of all."""
+    taken = jax.tree.map(lambda x: x[index], batch._replace(metrics=None))
+    return taken._replace(metrics=batch.metrics)
+
+
+def _correlation(x, y):
+    x, y = x - jnp.mean(x), y - jnp.mean(y)
+    return jnp.mean(x * y) / jnp.maximum(jnp.sqrt(jnp.mean(x * x) * jnp.mean(y * y)), 1e-8)

@@ -1,0 +1,252 @@
+"""Reinforcement learning from a reward model or a program: GRPO, RLOO, DAPO, ... without a critic, and PPO with one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jrlhf.algorithms import FROM_ROLLOUTS
+from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
+from jrlhf.algorithms.rloo import RLOOConfig
+from jrlhf.algorithms.sft import sft_loss
+from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError, did_you_mean, stage_ref_or_name
+from jrlhf.models.transformer import Model, with_scalar_head
+from jrlhf.ops.on_policy import OnPolicyConfig
+from jrlhf.optim import OptimConfig, build_optimizer
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import Beginning, Loaded, begin, load_adapter, load_model, save_trained
+from jrlhf.training.data import text_batch
+from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
+from jrlhf.training.loop import stage_key
+from jrlhf.training.online import train_online
+from jrlhf.training.rewards import make_reward, program_reward
+from jrlhf.training.stages.common import (
+    FineTuningStage,
+    ModelStage,
+    TooLongPrompt,
+    check_answers,
+    check_reward,
+    labelled,
+    start_config,
+    usable_prompts,
+)
+from jrlhf.training.stages.sizes import at_most, trained_bytes, training_plan, usable
+from jrlhf.types import Algorithm
+
+
+class Learner(NamedTuple):
+    """What a stage gives the driver."""
+
+    algorithm: Algorithm
+    start: tuple  # arguments of its init
+    axes: dict  # logical axes of the models in its state
+    text: Any = None  # arrays of pretraining text
+
+
+@dataclass(frozen=True)
+class RolloutStage(FineTuningStage):
+    """A policy that learns from its own answers, with a KL penalty to the start policy."""
+
+    abstract: ClassVar[bool] = True
+
+    reward: str = stage_ref_or_name(artifact=REWARD_MODEL)
+    prompts: Source = field(kw_only=True)
+    algorithm: OnPolicyConfig = field(default_factory=OnPolicyConfig)
+    sampling: SamplingConfig = SamplingConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-4, eps=1e-5)
+    gold: str = ""  # a program reward that is only logged
+    eval_prompts: Source | None = None
+    max_prompt: int = 0
+    too_long: TooLongPrompt = "error"
+
+    def learner(
+        self, ctx: StageContext, mesh: Mesh, policy: Loaded, beginning: Beginning, key: jax.Array, slots: int
+    ) -> Learner:
+        """`slots`: of a prompt."""
+        raise TypeError(f"{type(self).__name__} does not define learner()")
+
+    def validate(self, stages):
+        check_reward(self.reward, stages)
+        if self.gold:
+            program_reward(self.gold)
+        if self.sampling.filtered:
+            raise UserError(
+                f"sampling: {type(self).__name__} trains the distribution that is sampled, so top_k, top_p, min_p and "
+                "temperature 0 are not possible here; use temperature"
+            )
+        self.check_adapters(stages)
+        if self.loop.epochs:
+            raise UserError(f"loop.epochs: {type(self).__name__} counts steps; set loop.steps")
+        algorithm, size = self.algorithm, self.loop.batch_size
+        if size % algorithm.group_size:
+            raise UserError(
+                f"loop.batch_size {size} (answers) is not divisible by algorithm.group_size {algorithm.group_size}"
+            )
+        learned = size // algorithm.group_size * algorithm.learned_per_group
+        if learned % algorithm.parts:
+            what = "" if learned == size else f", of which {learned} rows are learned from,"
+            raise UserError(
+                f"loop.batch_size {size}{what} is not divisible by minibatches x microbatches = {algorithm.parts}"
+            )
+        if self.lora.rank and algorithm.ref_update_every:
+            raise UserError("algorithm.ref_update_every: with adapters (lora) the reference is their base")
+        check_answers(self.start, stages, self.sampling, self.max_prompt)
+
+    def plan(self, ctx):
+        config = start_config(ctx.stages, self.start)
+        prompt = self.max_prompt or config.context - self.sampling.max_new_tokens
+        length = at_most(prompt + self.sampling.max_new_tokens)
+        prompts = usable(self.prompts, self.too_long)
+        plan = training_plan(config, self.loop, prompts, length, lora=self.lora)
+        # The reference is the adapters' base, or a model of its own (which a refreshed one is in training, too).
+        reference = 0 if self.lora.rank else jnp.dtype(config.param_dtype).itemsize * config.n_params
+        return replace(plan, memory_bytes=plan.memory_bytes + reference)
+
+    def run(self, ctx: StageContext) -> dict:
+        mesh = make_mesh(ctx.mesh)
+        with jax.set_mesh(mesh):
+            key = stage_key(ctx)
+            policy = load_model(ctx.parents[self.start], mesh)
+            beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 4))
+            model, tokenizer = beginning.model, policy.tokenizer
+            limit = self.max_prompt or model.config.context - self.sampling.max_new_tokens
+            read = lambda source, label: usable_prompts(  # noqa: E731
+                policy, source, limit, self.sampling, self.too_long, ctx, label
+            )
+            rows, ids = read(self.prompts, "prompts")
+            eval_rows, eval_ids = read(self.eval_prompts, "eval_prompts") if self.eval_prompts else ([], [])
+            # With adapters, a reward model that was trained as one beside the same base shares that base.
+            shared = (ctx.parents[self.start], policy) if self.lora.rank else None
+            reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer, shared)
+            watched = self.gold and self.gold != self.reward
+            watch = [make_reward(self.gold, {}, mesh, tokenizer)] if watched else []
+
+            slots = prompt_slots(ids, eval_ids)
+            sampler = Sampler(model, tokenizer, mesh, self.sampling, slots)
+            evaluate = None
+            if eval_ids:
+                probe = Probe(
+                    ctx.folder, sampler, eval_rows, eval_ids, policy.params, [reward, *watch],
+                    jax.random.fold_in(key, 2),
+                )  # fmt: skip
+                whole = lambda state: model.whole(state.params["policy"], beginning.frozen)  # noqa: E731
+                evaluate = lambda state, step: probe(whole(state), step)  # noqa: E731
+            learner = self.learner(ctx, mesh, policy, beginning, key, slots)
+            state = train_online(
+                ctx, mesh, self.loop, self.algorithm, learner.algorithm, learner.start, learner.axes, sampler,
+                rows, ids, reward, watch, jax.random.fold_in(key, 3), learner.text, evaluate,
+                ("reward/score/mean", *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
+            )  # fmt: skip
+            save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
+        return {"kl_coef": float(state.extra["kl_coef"])}
+
+    @property
+    def updates(self) -> int:
+        """Of the policy, in all."""
+        return self.loop.steps * self.algorithm.epochs * self.algorithm.minibatches
+
+
+@dataclass(frozen=True)
+class OnPolicy(RolloutStage):
+    """Reinforcement learning without a critic; `algorithm` says which (GRPOConfig, RLOOConfig, DAPOConfig, ...)."""
+
+    algorithm: OnPolicyConfig = field(default_factory=RLOOConfig)
+
+    def validate(self, stages):
+        if type(self.algorithm) not in FROM_ROLLOUTS:
+            name = type(self.algorithm).__name__
+            hint = (
+                " PPO has a critic: use the stage PPO."
+                if isinstance(self.algorithm, PPOConfig)
+                else did_you_mean(name, [c.__name__ for c in FROM_ROLLOUTS])
+            )
+            raise UserError(f"algorithm: {name} is not in jrlhf.algorithms.FROM_ROLLOUTS.{hint}")
+        super().validate(stages)
+
+    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
+        make = FROM_ROLLOUTS[type(self.algorithm)]
+        optimizer = build_optimizer(self.optim, self.updates)
+        algorithm = make(self.algorithm, beginning.model, optimizer, self.sampling.temperature)
+        return Learner(algorithm, (beginning.trained, policy.params, key), beginning.model.logical_axes())
+
+
+@dataclass(frozen=True)
+class PPO(RolloutStage):
+    """Reinforcement learning with a critic, as InstructGPT has it."""
+
+    algorithm: PPOConfig = PPOConfig()
+    critic: Literal["reward", "policy", "shared"] = "reward"  # start the critic from the reward model, from
+    # the start policy, or share the policy's trunk
+    critic_optim: OptimConfig = OptimConfig(lr=3e-4, eps=1e-5)
+    ptx: Source | None = None  # pretraining text for algorithm.ptx_coef
+
+    def validate(self, stages):
+        super().validate(stages)
+        if self.lora.rank and self.ptx:
+            raise UserError("ptx: the pretraining mix is not possible with adapters (lora)")
+        if self.critic == "reward" and self.reward not in stages:
+            raise UserError(
+                f"critic 'reward' needs a reward-model stage; {self.reward!r} is a program: use 'policy'"
+            )
+        if self.critic == "reward" and not isinstance(stages[self.reward], ModelStage):
+            raise UserError(
+                f"critic 'reward' needs a reward model to start from; {self.reward!r} has no parameters of its own: "
+                "use 'policy'"
+            )
+        if self.critic == "reward" and self.lora.rank:
+            reward = stages[self.reward]
+            beside = isinstance(reward, FineTuningStage) and reward.lora.rank and reward.start == self.start
+            if not beside:
+                raise UserError(
+                    f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: "
+                    f"give {self.reward!r} `lora` and start {self.start!r}, or set critic to 'policy'"
+                )
+        if bool(self.ptx) != bool(self.algorithm.ptx_coef):
+            raise UserError(
+                "ptx (text) and algorithm.ptx_coef (its weight) go together: give both or neither"
+            )
+
+    def plan(self, ctx):
+        plan, config = super().plan(ctx), start_config(ctx.stages, self.start)
+        critic = 0 if self.critic == "shared" else trained_bytes(config, self.lora)  # trained like the policy
+        return replace(plan, memory_bytes=plan.memory_bytes + critic)
+
+    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
+        model = beginning.model
+        critic_model, critic_params = self._critic(ctx, mesh, policy, jax.random.fold_in(key, 1))
+        language_loss: Callable | None = (lambda p, b, n: sft_loss(model, p, b, n)[0]) if self.ptx else None
+        algorithm = make_ppo(
+            self.algorithm,
+            actor_critic(model, critic_model, language_loss),
+            build_optimizer(self.optim, self.updates),
+            build_optimizer(self.critic_optim, self.updates),
+            self.sampling.temperature,
+        )
+        text = None
+        if self.ptx:
+            length = slots + self.sampling.max_new_tokens
+            text = text_batch(self.ptx, policy.tokenizer, length, labelled(ctx.console, "ptx"))
+        axes = model.logical_axes() | Model(model.config, "scalar").logical_axes()
+        return Learner(algorithm, (beginning.trained, critic_params, policy.params, key), axes, text)
+
+    def _critic(self, ctx: StageContext, mesh: Mesh, policy: Loaded, key) -> tuple[Model | None, Any]:
+        if self.critic == "shared":
+            return None, {"score": with_scalar_head(policy.params, key)["score"]}
+        if self.critic == "policy":
+            beginning = begin(policy, "scalar", self.lora, key)
+            return beginning.model, beginning.trained
+        folder = ctx.parents[self.reward]
+        if not self.lora.rank:
+            loaded = load_model(folder, mesh, "scalar")
+            return loaded.model, loaded.params
+        adapted = load_adapter(folder, ctx.parents[self.start], policy.model.config, mesh)
+        if adapted is None:
+            raise UserError(
+                f"critic 'reward' with adapters needs a reward model that is an adapter beside the same base: train "
+                f"{self.reward!r} with `lora` from {self.start!r}, or set critic to 'policy'"
+            )
+        return adapted
