@@ -87,7 +87,7 @@ NAMES: dict[str, Name] = {
     "pref/label_acc": Name(
         "fraction", "labelled answers whose implicit reward is on their label's side of pref/shift"
     ),
-    "pref/shift": Name("reward", "implicit reward that labelled answers are compared with (KTO, BCO)"),
+    "pref/shift": Name("reward", "implicit reward that labelled answers are compared with (KTO: β·z0, BCO: δ)"),
     "pref/reward_desirable": Name("reward", "implicit reward of desirable answers, mean; 0 without any"),
     "pref/reward_undesirable": Name("reward", "the same of undesirable answers"),
     "pref/desirable_frac": Name("fraction", "answers of the batch that are labelled desirable"),

@@ -76,7 +76,7 @@ def make_distillation(
             samples.tokens,
             samples.mask.astype(jnp.int32),
             positions_from_mask(samples.mask),
-            samples.mask,
+            jnp.pad(samples.response_mask, ((0, 0), (prompt, 0))),
         )
 
     def train_step(state: TrainState, batch: SequenceBatch):

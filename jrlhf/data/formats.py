@@ -675,7 +675,8 @@ def _as_kind(row: dict, kind: str, wanted: str) -> dict:
     if "messages" in row:  # a conversation, of which the prompt is all before the last answer
         return {"prompt": _last_turn(row["messages"])[0], **{k: v for k, v in row.items() if k == "tools"}}
     if wanted == "prompt":
-        return {k: v for k, v in row.items() if k not in (*_ONLY_PREFERENCE, "completion", "label", "steps", "labels")}
+        answers = (*_ONLY_PREFERENCE, "completion", "label", "steps", "labels")
+        return {k: v for k, v in row.items() if k not in answers}
     if wanted == "steps":
         answer = row["completion"]
         if isinstance(answer, list):

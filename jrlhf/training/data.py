@@ -141,9 +141,7 @@ def step_arrays(
     label: str = "steps",
 ) -> StepBatch:
     """All answers in steps of at most `limit` tokens as one [N, T] batch, T being the longest of them."""
-    encode = partial(
-        encode_steps, tokenizer=tokenizer, max_len=limit, separator=separator, too_long=too_long
-    )
+    encode = partial(encode_steps, tokenizer=tokenizer, max_len=limit, separator=separator, too_long=too_long)
     examples, report = encode_rows(rows, encode, label)
     if report.dropped or report.changed:
         console.print(f"  {report}", highlight=False)

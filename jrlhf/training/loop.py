@@ -124,7 +124,9 @@ def guarded(train_step: Callable, config: LoopConfig) -> Callable:
         ok = is_finite(metrics)
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
         kept = new._replace(
-            params=keep(new.params, state.params), opt_state=keep(new.opt_state, state.opt_state)
+            params=keep(new.params, state.params),
+            opt_state=keep(new.opt_state, state.opt_state),
+            extra=keep(new.extra, state.extra),  # a reference that follows the policy, a running mean
         )
         return kept, metrics | {"train/skipped": 1.0 - ok.astype(jnp.float32)}
 

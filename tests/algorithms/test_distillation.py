@@ -78,6 +78,23 @@ def test_layout_is_irrelevant(whole):
     assert_close(*(({n: s.metrics[n] for n in names}, s.gradient) for s in (other, whole)))
 
 
+def test_packed_texts_are_learned_as_if_apart(whole):
+    """Two texts to a row; the other rows are empty."""
+    apart = make_batch()
+    packed = SequenceBatch(*(np.zeros((ROWS, 2 * LENGTH), x.dtype) for x in apart))
+    for row in range(ROWS):
+        real = apart.segment_ids[row].astype(bool)
+        n, second = int(real.sum()), row % 2
+        begin = int(apart.segment_ids[row - 1].sum()) if second else 0
+        slots = slice(begin, begin + n)
+        for into, of in zip(packed, apart, strict=True):
+            into[row // 2, slots] = of[row, real]
+        packed.segment_ids[row // 2, slots] = 1 + second
+    found = step(packed, divergence="jsd", temperature=0.8)
+    names = whole.metrics.keys() - {"perf/pad_frac"}
+    assert_close(*(({n: s.metrics[n] for n in names}, s.gradient) for s in (found, whole)))
+
+
 def test_microbatches_accumulate_the_same_gradient(whole):
     parts = step(make_batch(), divergence="jsd", temperature=0.8, microbatches=4)
     assert_close((parts.metrics, parts.gradient), (whole.metrics, whole.gradient))

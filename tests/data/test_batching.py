@@ -220,10 +220,19 @@ def test_pack_texts_predicts_every_token_once(texts, tokenizer):
 # --- preferences ----------------------------------------------------------------------------------------
 
 
+def test_criteria_are_kept_by_name_and_missing_ones_are_nan(tokenizer):
+    rated = {**PAIR, "criteria": {"brief": [1, 0.5], "true": [0, 2]}}
+    examples = [encode_preference(row, tokenizer, 9) for row in (PAIR, rated)]
+    criteria = stack_preferences(examples, 9, 3, criteria=("true", "brief")).criteria
+    nan = [np.nan, np.nan]
+    np.testing.assert_array_equal(criteria, [[nan, nan, nan], [[0, 1], [2, 0.5], nan]])
+
+
 def test_preference_batch_layout(tokenizer):
     three = {**PAIR, "responses": ["is", "bread .", "thanks"], "ranks": [1, 1, 3], "scores": [0.5, 0.5, -1]}
     batch = preference_batch([PAIR, three], tokenizer, max_len=9, max_responses=4)
-    assert [(x.shape, x.dtype.name) for x in batch] == [
+    assert (batch.criteria, batch.weights) == ((), ())
+    assert [(x.shape, x.dtype.name) for x in batch[:5]] == [
         ((2, 4, 9), "int32"),
         ((2, 4, 9), "bool"),
         ((2, 4, 9), "bool"),
