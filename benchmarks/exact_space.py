@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ class MeanTable(TableModel):
         return logprobs / jnp.sum(mask[:, 1:], axis=1, keepdims=True, dtype=jnp.float32), entropy
 
 
+def less_at_full_length(world: exact.World) -> exact.World:
+    """Answers of all tokens cost 1: the length penalty at its end."""
+    _, mask = world.space.all_sequences()
+    return replace(world, reward=world.reward - jnp.float32(mask.all(axis=1)))
+
+
 class Target:
     """Where a row should end: a closed form, by name."""
 
@@ -84,6 +90,7 @@ class Target:
         "of states: entropy 0.2 in the loss",
         lambda w: exact.token_level_optimum(w, in_reward=w.beta, entropy=0.2),
     )
+    OVERLONG = ("ref exp((r - 1 at full length) / beta)", lambda w: exact.optimum(less_at_full_length(w)))
     FLIPPED = (
         "ref exp(s / beta), s fitted to labels flipped at 0.2",
         lambda w: exact.dpo_optimum(w, exact.preferences(w, flips=0.2)),
@@ -121,8 +128,10 @@ GROUPS = {"beta": BETA, "group_size": 16, "kl": "reward"}
 PLAIN_PPO = {"epochs": 1, "minibatches": 1, "missing_eos_penalty": 0.0, "whiten_advantages": False}
 
 
-def in_the_loss(kl: str, level: str = "token") -> GRPOConfig:
-    return GRPOConfig(beta=BETA, group_size=16, kl=kl, kl_level=level, scale="none", normalise="sum")
+def in_the_loss(kl: str, level: str = "token") -> REINFORCEConfig:
+    """Its baseline leaves an answer's own reward out. GRPO's does not: rewards count (G - 1)/G there, and a penalty in
+    the loss 1."""
+    return REINFORCEConfig(beta=BETA, kl=kl, kl_level=level)
 
 
 ROWS = [
@@ -135,10 +144,12 @@ ROWS = [
     Row("rloo-without-kl", RLOOConfig(beta=0.0, group_size=16), above=0.5),
     Row("reinforce", REINFORCEConfig(beta=BETA), below=0.01),
     Row("reinforce++", REINFORCEPlusPlusConfig(beta=BETA), below=0.01),
-    Row("remax", ReMaxConfig(beta=BETA), below=0.01),
+    # A baseline that is the same in every state leaves noise at the optimum, where the others have none.
+    Row("remax", ReMaxConfig(beta=BETA), below=0.03),
     Row("grpo-kl-in-reward", GRPOConfig(scale="none", normalise="sum", **GROUPS), below=0.01),
     Row("dr-grpo", DrGRPOConfig(**GROUPS), below=0.01),
-    Row("dapo", DAPOConfig(**GROUPS), below=0.01),
+    Row("dapo", DAPOConfig(overlong_buffer=0.0, **GROUPS), below=0.01),
+    Row("dapo-overlong", DAPOConfig(**GROUPS), Target.OVERLONG, below=0.01),
     Row("gspo", GSPOConfig(**GROUPS), below=0.01),
     Row("cispo", CISPOConfig(**GROUPS), below=0.01),
     # An estimator in the loss optimises what its gradient says.

@@ -168,7 +168,9 @@ def fetch(tree: Any) -> Any:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+    # A host's own arrays are whole already: gathering them would join every host's copy.
+    gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731
+    return jax.tree.map(lambda x: gather(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def leads() -> bool:

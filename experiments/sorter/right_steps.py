@@ -6,8 +6,16 @@ for them; a reward for the steps does not. Gold asks for both: the answer and ev
 Command    jrlhf run experiments/sorter/right_steps.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 15 minutes
-Expected   both arms answer better than SFT; of the answers that are right, the outcome arm has the larger share with a
-           wrong step (answer minus gold, among the criteria of the report)
+Expected   the outcome arm has more right answers, the process arm more answers whose steps are all right
+Measured   one seed, 256 parities and 128 sorts x 8 answers. `sort`: right answers to the task that neither arm was
+           trained on. `right by luck`: of the right parities, those with a wrong step.
+
+           policy     answer    all steps    gold    KL      sort    right by luck
+           SFT        0.57      0.31         0.26    0       0.48    55%
+           outcome    0.69      0.45         0.45    0.81    0.43    34%
+           process    0.61      0.52         0.42    0.62    0.78    31%
+
+           Nothing pays the process arm to read its answer off the last step, where demonstrators err 20% of the time.
 """
 
 from right_answers import longer_answers, ppo, start

@@ -146,7 +146,8 @@ def transformer(seed: int, beta: float = 0.5, space: Space = DEFAULT, d_model: i
     )
     model, critic = Model(config), Model(config, "scalar")
     params = jax.jit(model.init)(jax.random.key(seed))
-    params["lm_head"]["kernel"] = 0.7 * params["lm_head"]["kernel"]  # from N(0, 1/d): hidden states have norm √d
+    # The kernel is drawn from N(0, 1/d) and hidden states have norm √d: logits of spread 0.7.
+    params["lm_head"]["kernel"] = 0.7 * params["lm_head"]["kernel"]
     world = make_world(seed, beta, space)
     learner = Learner(world, model, params, critic, with_scalar_head(params, jax.random.key(seed + 1)))
     reference = jax.jit(lambda params: probabilities(learner, params))(params)

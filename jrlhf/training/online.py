@@ -144,8 +144,7 @@ def resampled(
     seen, means = 0, []
     for used in range(1, config.resample_rounds + 1):
         samples, scores, texts = draw(first + used - 1)
-        samples = fetch(samples)
-        scores = scores if isinstance(scores, np.ndarray) else fetch(scores)  # a program's are on every host
+        samples, scores = fetch((samples, scores))
         groups = scores.reshape(-1, config.group_size)
         differ = np.repeat(groups.max(axis=1) > groups.min(axis=1), config.group_size)
         means.append(float(np.mean(scores)))

@@ -9,20 +9,31 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from jrlhf.config import LANGUAGE_MODEL, PREFERENCES, Labeler, Source, StageContext, UserError, stage_ref
+from jrlhf.config import (
+    LANGUAGE_MODEL,
+    PREFERENCES,
+    REWARD_MODEL,
+    Labeler,
+    Source,
+    StageContext,
+    UserError,
+    stage_ref,
+    stage_ref_or_name,
+)
 from jrlhf.data.sources import check_row
 from jrlhf.metrics import progress
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model
 from jrlhf.training.data import load_rows, split_by_prompt
-from jrlhf.training.evaluation import Sampler, prompt_slots
+from jrlhf.training.evaluation import Sampler, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import read_texts
+from jrlhf.training.rewards import make_reward, read_texts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
     check_answers,
+    check_reward,
     labelled,
     start_config,
     usable_prompts,
@@ -45,19 +56,27 @@ from jrlhf.types import Plan
 
 @dataclass(frozen=True)
 class Preferences(MeshStage):
-    """Sample several answers to each prompt and have them ranked. Leaves `preferences.jsonl`."""
+    """Sample several answers to each prompt and have them ranked. Leaves `preferences.jsonl`.
+
+    By a labeller, or without noise by a reward: a reward model's stage, as iterative DPO has it (Xiong et al. 2024).
+    """
 
     artifact: ClassVar[str] = PREFERENCES
 
     start: str = stage_ref(artifact=LANGUAGE_MODEL)
     prompts: Source = field(kw_only=True)
-    labeler: Labeler = field(kw_only=True)
+    labeler: Labeler | None = None
+    reward: str = stage_ref_or_name("", REWARD_MODEL)  # instead of a labeller
     responses: int = 2  # answers per prompt: 2 makes pairs, 4 to 9 K-wise rankings
     sampling: SamplingConfig = SamplingConfig()
     max_prompt: int = 0  # longest prompt in tokens; 0: whatever fits the context
     too_long: TooLongPrompt = "error"
 
     def validate(self, stages):
+        if (self.labeler is None) == (not self.reward):
+            raise UserError("give either labeler or reward (a reward model's stage, or a program reward)")
+        if self.reward:
+            check_reward(self.reward, stages)
         if self.responses < 2:
             raise UserError(f"responses is {self.responses}; a preference needs at least 2")
         check_answers(self.start, stages, self.sampling, self.max_prompt)
@@ -79,14 +98,29 @@ class Preferences(MeshStage):
             texts = read_texts(
                 samples, [row for row in rows for _ in range(self.responses)], loaded.tokenizer
             )
+            if self.reward:
+                reward = make_reward(self.reward, dict(ctx.parents), mesh, loaded.tokenizer)
+                scores = score(reward, samples, texts, mesh)
         k = self.responses
         groups = [texts.completions[i : i + k] for i in range(0, len(texts.completions), k)]
         asked = [
             dict(row, ended=[r["ended"] for r in texts.rows[i * k : (i + 1) * k]])
             for i, row in enumerate(rows)
         ]
-        seed = zlib.crc32(f"labels {ctx.seed}".encode())
-        labels = [check_row(row, "preference", "labeler") for row in self.labeler.label(asked, groups, seed)]
+        if self.labeler is not None:
+            seed = zlib.crc32(f"labels {ctx.seed}".encode())
+            labelled_rows = self.labeler.label(asked, groups, seed)
+        else:
+            labelled_rows = [
+                {
+                    "prompt": row["prompt"],
+                    "responses": group,
+                    "ranks": ranks_of(values),
+                    "scores": values.tolist(),
+                }
+                for row, group, values in zip(asked, groups, scores.reshape(-1, k), strict=True)
+            ]
+        labels = [check_row(row, "preference", self.reward or "labeler") for row in labelled_rows]
         # What the labeller need not know: which answers were cut off by their length, and the prompt's tools.
         for row, source in zip(labels, asked, strict=True):
             row["ended"] = source["ended"]
@@ -105,6 +139,11 @@ class Preferences(MeshStage):
     def _prompts(self, loaded: Loaded, ctx: StageContext):
         limit = self.max_prompt or loaded.model.config.context - self.sampling.max_new_tokens
         return usable_prompts(loaded, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts")
+
+
+def ranks_of(values: np.ndarray) -> list[int]:
+    """1 for the largest; equal values are tied."""
+    return [1 + int(np.sum(values > value)) for value in values]
 
 
 def stored_preferences(folder: Path) -> list[dict]:
