@@ -15,26 +15,15 @@ from ppo_vs_dpo import answers, evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.experiment import Experiment
-from jrlhf.lab import LarderPrompts
-from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import BestOfN, Preferences
 
-# A proxy that is right in most pairs, and wrong often enough: fewer comparisons, some of them flipped.
+# Four thousand comparisons of two answers: a proxy that is right in most pairs, and wrong often enough.
 preferences = base.stages["preferences"]
 assert isinstance(preferences, Preferences)
 weak = {
-    "preferences": replace(
-        preferences,
-        prompts=LarderPrompts(size=2_000, split="reward_model"),
-        responses=2,
-        labeler=replace(preferences.labeler, flip=0.1),
-    ),
-    "reward_model": replace(
-        base.stages["reward_model"],
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=50),
-        loop=LoopConfig(epochs=3, batch_size=32),
-    ),
+    "preferences": replace(preferences, responses=2),
+    "reward_model": replace(base.stages["reward_model"], loop=LoopConfig(epochs=3, batch_size=32)),
 }
 
 

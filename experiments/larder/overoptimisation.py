@@ -35,7 +35,7 @@ experiment = Experiment(
             gold="larder_gold",
             algorithm=PPOConfig(beta=0.0, missing_eos_penalty=0.0),
             sampling=answers,
-            optim=OptimConfig(lr=3e-4, eps=1e-5, warmup_steps=16),
+            optim=OptimConfig(lr=1e-4, eps=1e-5, warmup_steps=16),
             critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
             loop=LoopConfig(steps=150, batch_size=128),
         ),
