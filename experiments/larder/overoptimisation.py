@@ -5,7 +5,7 @@ Goodhart's law with a known truth (Gao et al. 2022): R(d) = d(a - b log d), with
 
 Command    jrlhf run experiments/larder/overoptimisation.py --seeds 0 1 2 3 4 --seed_from preferences
 Hardware   two CPU cores, 3 GiB of memory
-Time       about 25 minutes with five seeds
+Time       about 8 minutes with five seeds
 Expected   gold rises to at least 1.8 times that of SFT before KL 3 and falls to at most half of its peak by KL 12,
 the learned
            reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d)
@@ -37,7 +37,7 @@ experiment = Experiment(
             sampling=answers,
             optim=OptimConfig(lr=1e-4, eps=1e-5, warmup_steps=16),
             critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
-            loop=LoopConfig(steps=150, batch_size=128),
+            loop=LoopConfig(steps=60, batch_size=128),
         ),
     },
 )

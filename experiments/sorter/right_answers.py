@@ -18,14 +18,18 @@ Measured   one seed, 256 prompts x 8 answers:
            gets further before its first wrong step (0.57 of the steps, SFT 0.36).
 """
 
+from jrlhf.algorithms.dapo import DAPOConfig
+from jrlhf.algorithms.grpo import GRPOConfig
 from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.experiment import Experiment
 from jrlhf.lab import SorterDemonstrations, SorterPrompts, SorterText, SorterVocabulary
 from jrlhf.models.config import ModelConfig
+from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import PPO, SFT, Evaluate, Pretrain, TokenizerConfig
+from jrlhf.training.stages import PPO, SFT, Evaluate, OnPolicy, Pretrain, TokenizerConfig
 
 # A right answer has at most 54 tokens with its EOS, and 77 at the held-out lengths.
 answers = SamplingConfig(max_new_tokens=56)
@@ -65,8 +69,24 @@ def ppo(reward: str, task: str) -> PPO:
     )
 
 
+def critic_free(algorithm: OnPolicyConfig) -> OnPolicy:
+    return OnPolicy(
+        start="sft",
+        reward="sorter_answer",
+        prompts=SorterPrompts(size=8_000, task="sort"),
+        algorithm=algorithm,
+        sampling=answers,
+        optim=OptimConfig(lr=5e-4, eps=1e-5, schedule="cosine", warmup_steps=20),
+        loop=LoopConfig(steps=150, batch_size=128),
+    )
+
+
+groups = {"group_size": 8, "minibatches": 2}
 arms = {
     "ppo": ppo("sorter_answer", "sort"),
+    "rloo": critic_free(RLOOConfig(beta=0.02, **groups)),
+    "grpo": critic_free(GRPOConfig(beta=0.04, **groups)),
+    "dapo": critic_free(DAPOConfig(resample_rounds=3, **groups)),
 }
 
 experiment = Experiment(

@@ -414,7 +414,11 @@ class Reached(NamedTuple):
 
 
 def measure(world: World, reached: Array, target: Array) -> Reached:
-    """Of probabilities [..., S] against a target [S]."""
+    """Of probabilities [..., S] against a target [S].
+
+    They must be normalised: a model that is altered for a control (means in place of sums) belongs into the algorithm
+    alone, not into the learner that the policy is read from.
+    """
     ref = jnp.exp(world.ref_logprobs())
     shape = jnp.broadcast_shapes(reached.shape, ref.shape)
     target, ref, reward = (jnp.broadcast_to(x, shape) for x in (target, ref, world.reward))

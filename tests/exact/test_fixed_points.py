@@ -15,6 +15,7 @@ from jrlhf.ops.kl import kl_k1, kl_k3
 from jrlhf.ops.losses import ppo_policy_loss
 from jrlhf.ops.masking import masked_sum
 from jrlhf.ops.preference_losses import (
+    DIVERGENCES,
     dpo_loss,
     exponential_link,
     ipo_loss,
@@ -24,7 +25,7 @@ from jrlhf.ops.preference_losses import (
     sppo_hard_loss,
     square_link,
 )
-from jrlhf.training.exact import all_pairs, minimise, population_fixed_point
+from jrlhf.training.exact import all_pairs, minimise, pair_law, population_fixed_point
 
 WORLD = exact.make_world(11)
 SPACE = WORLD.space
@@ -157,6 +158,21 @@ def test_dpo_and_ipo_reach_their_closed_forms(name, seed):
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_pairwise_losses_reach_their_closed_forms_in_a_smaller_space(name):
     check_pairwise(name, 1, exact.Space(2, 4), apart=0.08)
+
+
+def test_dpo_with_the_forward_kl_as_its_constraint_is_stationary_at_that_optimum():
+    """Stationary, and nowhere else: minimising it takes 10,000 steps."""
+    world = exact.make_world(1, space=exact.Space(2, 4))
+    law = pair_law(world)
+
+    @jax.grad
+    def slope(params):
+        rewards = world.beta * DIVERGENCES["forward_kl"](all_pairs(world, params, law).ratios)
+        return jnp.sum(law.reshape(-1) * link_loss(rewards[:, 0] - rewards[:, 1]))
+
+    at = lambda law: float(jnp.max(jnp.abs(slope(world.space.policy_with(law)))))  # noqa: E731
+    assert at(exact.forward_kl_optimum(world)) < 1e-6
+    assert at(exact.optimum(world)) > 1e-3
 
 
 def test_dpo_with_mean_instead_of_summed_logprobs_does_not():

@@ -184,7 +184,7 @@ def dpo_distances(worlds, model, beta=0.5, reference="precomputed"):
 
     def distance(world, key):
         start = (world.ref_params, world.ref_params)
-        reached = run_from_pairs(algorithm, start, tabular(world)._replace(model=model), key)
+        reached = run_from_pairs(algorithm, start, tabular(world), key)
         return measure(world, reached, exact.optimum(world)).distance
 
     keys = jax.random.split(jax.random.key(0), len(worlds))

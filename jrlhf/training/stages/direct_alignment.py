@@ -10,58 +10,36 @@ from jax.sharding import Mesh
 
 from jrlhf.algorithms import FROM_PAIRS
 from jrlhf.algorithms.dpo import DPOConfig
-from jrlhf.config import PREFERENCES, Source, StageContext, UserError, did_you_mean, stage_ref
+from jrlhf.config import StageContext, UserError
 from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import wilson_interval
 from jrlhf.ops.pairs import PairConfig, answers_of, pair_logprobs
-from jrlhf.optim import OptimConfig, build_optimizer
-from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.optim import build_optimizer
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import in_chunks, pair_arrays, preference_arrays, rows_of, split_by_prompt
-from jrlhf.training.evaluation import Probe, Sampler, chunk_rows, criteria_accuracy, prompt_slots
+from jrlhf.training.evaluation import chunk_rows, criteria_accuracy
 from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
-from jrlhf.training.rewards import make_reward, program_reward
-from jrlhf.training.stages.common import (
-    FineTuningStage,
-    TooLongPrompt,
-    check_answers,
-    check_length,
-    check_microbatches,
-    usable_prompts,
-)
-from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
+from jrlhf.training.stages.alignment import AlignmentStage
+from jrlhf.training.stages.common import check_length
+from jrlhf.training.stages.preferences import preference_plan, preference_rows
 from jrlhf.types import PairBatch, PreferenceBatch, RankedBatch
 
 
 @dataclass(frozen=True)
-class DirectAlignment(FineTuningStage):
+class DirectAlignment(AlignmentStage):
     """A policy trained on ranked answers, against its own start as the reference (where `algorithm` has one).
 
     `algorithm` is the config of any of `jrlhf.algorithms.FROM_PAIRS`; another one makes another method.
     """
 
-    preferences: str = stage_ref("", PREFERENCES)
-    data: Source | None = None
     pairs: Literal["all", "best_worst"] = "all"  # of each prompt's ranked answers, for algorithms on pairs
-    optim: OptimConfig = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=20)
     algorithm: PairConfig = DPOConfig()
-    eval_fraction: float = 0.1  # of the prompts, for held-out implicit accuracy
-    eval_prompts: Source | None = None  # sampled from during training: an offline method drifts too
-    sampling: SamplingConfig = SamplingConfig()  # for eval_prompts
-    gold: str = ""  # a program reward, logged on eval_prompts
-    max_length: int = 0
-    too_long: TooLongPrompt = "error"
 
     def validate(self, stages):
-        if type(self.algorithm) not in FROM_PAIRS:
-            name = type(self.algorithm).__name__
-            hint = did_you_mean(name, [config.__name__ for config in FROM_PAIRS])
-            raise UserError(f"algorithm: {name} is none that learns from pairs of answers.{hint}")
-        check_one_of(self)
-        check_microbatches(self)
-        self.check_adapters(stages)
+        self.check_algorithm(FROM_PAIRS, "pairs of answers")
+        super().validate(stages)
         if self.of_rankings and self.pairs != "all":
             raise UserError(
                 f"pairs: {type(self.algorithm).__name__} learns from whole rankings, not from {self.pairs!r} pairs"
@@ -70,18 +48,6 @@ class DirectAlignment(FineTuningStage):
             raise UserError(
                 "algorithm.ref_update_every: with adapters (lora) the reference is the base, and stays"
             )
-        if self.gold:
-            program_reward(self.gold)
-            if self.eval_prompts is None:
-                raise UserError("gold is measured on samples: give eval_prompts")
-        if self.eval_prompts is not None and self.sampling.filtered:
-            raise UserError(
-                "sampling: the KL to the start policy is measured on unfiltered samples; use temperature"
-            )
-        if not 0 < self.eval_fraction < 1:
-            raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
-        if self.eval_prompts is not None:
-            check_answers(self.start, stages, self.sampling, 0)
 
     @property
     def of_rankings(self) -> bool:
@@ -117,22 +83,12 @@ class DirectAlignment(FineTuningStage):
             if self.algorithm.reference_scored == "precomputed":
                 batch = score(batch)
 
-            probe = None
-            if self.eval_prompts:
-                room = model.config.context - self.sampling.max_new_tokens
-                rows, ids = usable_prompts(
-                    policy, self.eval_prompts, room, self.sampling, self.too_long, ctx, "eval_prompts"
-                )
-                sampler = Sampler(trained, tokenizer, mesh, self.sampling, prompt_slots(ids))
-                rewards = [make_reward(self.gold, {}, mesh, tokenizer)] if self.gold else []
-                probe = Probe(
-                    ctx.folder, sampler, rows, ids, policy.params, rewards, jax.random.fold_in(key, 2)
-                )
+            probe = self.probe(ctx, mesh, policy, trained, jax.random.fold_in(key, 2))
 
             def evaluate(state, step):
                 params = whole(state)
                 metrics = implicit_accuracy(self.algorithm, trained, params, held, mesh)
-                return metrics | (probe(params, step) if probe else {})
+                return metrics | probe(params, step)
 
             steps = self.loop.total_steps(rows_of(batch))
             make = FROM_PAIRS[type(self.algorithm)]

@@ -10,30 +10,20 @@ from jax.sharding import Mesh
 
 from jrlhf.algorithms import FROM_LABELS
 from jrlhf.algorithms.kto import KTOConfig
-from jrlhf.config import PREFERENCES, Source, StageContext, UserError, did_you_mean, stage_ref
+from jrlhf.config import StageContext, UserError
 from jrlhf.data.sources import check_row, load
 from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import auc_interval
 from jrlhf.ops.unpaired import UnpairedConfig, answer_logprobs
-from jrlhf.optim import OptimConfig, build_optimizer
-from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.optim import build_optimizer
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import best_and_worst, in_chunks, rows_of, split_by_prompt, unpaired_arrays
-from jrlhf.training.evaluation import Probe, Sampler, chunk_rows, prompt_slots
+from jrlhf.training.evaluation import chunk_rows
 from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
-from jrlhf.training.rewards import make_reward, program_reward
-from jrlhf.training.stages.common import (
-    FineTuningStage,
-    TooLongPrompt,
-    check_answers,
-    check_length,
-    check_microbatches,
-    labelled,
-    start_config,
-    usable_prompts,
-)
+from jrlhf.training.stages.alignment import AlignmentStage
+from jrlhf.training.stages.common import check_length, labelled, start_config
 from jrlhf.training.stages.preferences import Preferences, stored_preferences
 from jrlhf.training.stages.sizes import (
     Count,
@@ -48,7 +38,7 @@ from jrlhf.types import AnswerBatch, UnpairedBatch
 
 
 @dataclass(frozen=True)
-class UnpairedAlignment(FineTuningStage):
+class UnpairedAlignment(AlignmentStage):
     """A policy trained on single answers that are labelled desirable or not, against its own start as the reference.
 
     `algorithm` is the config of any of `jrlhf.algorithms.FROM_LABELS`. The answers are those of a preference stage or
@@ -56,40 +46,11 @@ class UnpairedAlignment(FineTuningStage):
     the worst undesirable; those between, and prompts whose answers are all tied, are left out.
     """
 
-    preferences: str = stage_ref("", PREFERENCES)
-    data: Source | None = None
-    optim: OptimConfig = OptimConfig(lr=1e-4, schedule="cosine", warmup_steps=20)
     algorithm: UnpairedConfig = field(default_factory=KTOConfig)
-    eval_fraction: float = 0.1  # of the prompts, for the held-out AUC of the implicit reward
-    eval_prompts: Source | None = None  # sampled from during training: an offline method drifts too
-    sampling: SamplingConfig = SamplingConfig()  # for eval_prompts
-    gold: str = ""  # a program reward, logged on eval_prompts
-    max_length: int = 0
-    too_long: TooLongPrompt = "error"
 
     def validate(self, stages):
-        if type(self.algorithm) not in FROM_LABELS:
-            name = type(self.algorithm).__name__
-            hint = did_you_mean(name, [config.__name__ for config in FROM_LABELS])
-            raise UserError(f"algorithm: {name} is none that learns from single labelled answers.{hint}")
-        if bool(self.preferences) == (self.data is not None):
-            raise UserError(
-                "give either preferences (a stage) or data (a source of binary or preference rows)"
-            )
-        check_microbatches(self)
-        self.check_adapters(stages)
-        if not 0 < self.eval_fraction < 1:
-            raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
-        if self.gold:
-            program_reward(self.gold)
-            if self.eval_prompts is None:
-                raise UserError("gold is measured on samples: give eval_prompts")
-        if self.eval_prompts is not None:
-            if self.sampling.filtered:
-                raise UserError(
-                    "sampling: the KL to the start policy is measured on unfiltered samples; use temperature"
-                )
-            check_answers(self.start, stages, self.sampling, 0)
+        self.check_algorithm(FROM_LABELS, "single labelled answers")
+        super().validate(stages)
 
     def plan(self, ctx):
         config = start_config(ctx.stages, self.start)
@@ -142,22 +103,12 @@ class UnpairedAlignment(FineTuningStage):
             if self.algorithm.reference == "precomputed":
                 answers = with_reference(model, policy.params, answers, mesh)
 
-            probe = None
-            if self.eval_prompts:
-                room = model.config.context - self.sampling.max_new_tokens
-                rows, ids = usable_prompts(
-                    policy, self.eval_prompts, room, self.sampling, self.too_long, ctx, "eval_prompts"
-                )
-                sampler = Sampler(trained, tokenizer, mesh, self.sampling, prompt_slots(ids))
-                rewards = [make_reward(self.gold, {}, mesh, tokenizer)] if self.gold else []
-                probe = Probe(
-                    ctx.folder, sampler, rows, ids, policy.params, rewards, jax.random.fold_in(key, 2)
-                )
+            probe = self.probe(ctx, mesh, policy, trained, jax.random.fold_in(key, 2))
 
             def evaluate(state, step):
                 params = whole(state)
                 metrics = implicit_auc(trained, params, held, prompts, mesh)
-                return metrics | (probe(params, step) if probe else {})
+                return metrics | probe(params, step)
 
             steps = self.loop.total_steps(rows_of(answers))
             optimizer = build_optimizer(self.optim, steps)
