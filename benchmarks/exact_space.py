@@ -40,6 +40,7 @@ from jrlhf.algorithms.grpo import GRPOConfig
 from jrlhf.algorithms.gspo import GSPOConfig
 from jrlhf.algorithms.kto import KTOConfig
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
+from jrlhf.algorithms.raft import RAFTConfig
 from jrlhf.algorithms.ranked_dpo import RankedDPOConfig
 from jrlhf.algorithms.reinforce import REINFORCEConfig
 from jrlhf.algorithms.reinforce_plus_plus import REINFORCEPlusPlusConfig
@@ -100,6 +101,7 @@ class Target:
     EXPONENTIAL = ("ref exp(r / (2 beta))", exact.exponential_optimum)
     NCA = ("2 P ref", lambda w: exact.nca_optimum(w, exact.preferences(w)))
     SPPO = ("exact.sppo_optimum", lambda w: exact.sppo_optimum(w, exact.preferences(w), w.beta))
+    BEST_OF_4 = ("law of the best of 4 of ref", lambda w: exact.best_of_n_optimum(w, 4))
     KTO = ("exact.kto_optimum", lambda w: exact.kto_optimum(w, jax.nn.sigmoid(w.reward)))
 
 
@@ -128,10 +130,10 @@ GROUPS = {"beta": BETA, "group_size": 16, "kl": "reward"}
 PLAIN_PPO = {"epochs": 1, "minibatches": 1, "missing_eos_penalty": 0.0, "whiten_advantages": False}
 
 
-def in_the_loss(kl: str, level: str = "token") -> REINFORCEConfig:
+def in_the_loss(kl: str, level: str = "token", **more) -> REINFORCEConfig:
     """Its baseline leaves an answer's own reward out. GRPO's does not: rewards count (G - 1)/G there, and a penalty in
     the loss 1."""
-    return REINFORCEConfig(beta=BETA, kl=kl, kl_level=level)
+    return REINFORCEConfig(beta=BETA, kl=kl, kl_level=level, **more)
 
 
 ROWS = [
@@ -144,6 +146,7 @@ ROWS = [
     Row("rloo-without-kl", RLOOConfig(beta=0.0, group_size=16), above=0.5),
     Row("reinforce", REINFORCEConfig(beta=BETA), below=0.01),
     Row("reinforce++", REINFORCEPlusPlusConfig(beta=BETA), below=0.01),
+    Row("reinforce++-baseline", REINFORCEPlusPlusConfig(group_baseline=True, **GROUPS), below=0.01),
     # A baseline that is the same in every state leaves noise at the optimum, where the others have none.
     Row("remax", ReMaxConfig(beta=BETA), below=0.03),
     Row("grpo-kl-in-reward", GRPOConfig(scale="none", normalise="sum", **GROUPS), below=0.01),
@@ -160,6 +163,11 @@ ROWS = [
     Row("loss-k3", in_the_loss("k3"), Target.TOKEN_FORWARD_KL, below=0.02),
     Row("loss-k2-sequence", in_the_loss("k2", "sequence"), below=0.01),
     Row("loss-k3-sequence", in_the_loss("k3", "sequence"), Target.FORWARD_KL, below=0.02),
+    Row("loss-k3-sequence-ratio", in_the_loss("k3", "sequence", kl_ratio=True), below=0.02),
+    # Imitation of the best.
+    Row("raft", RAFTConfig(group_size=16), above=0.5),
+    Row("raft-penalised", RAFTConfig(group_size=16, beta=BETA), below=0.01),
+    Row("best-of-4-distilled", RAFTConfig(group_size=4, samples="reference"), Target.BEST_OF_4, below=0.02),
     # Pairs of the reference's answers.
     Row("dpo", DPOConfig(BETA), below=0.05, lr=0.05),
     Row("dpo-mean-logprobs", DPOConfig(BETA, reference="on_the_fly"), above=0.4, lr=0.05, mean_logprobs=True),
@@ -172,6 +180,8 @@ ROWS = [
     Row("ipo-is-not-dpo", DPOConfig(BETA, loss="ipo"), above=0.1, lr=0.05),
     Row("dpo-square", DPOConfig(BETA, loss="square"), Target.SQUARE, below=0.05, lr=0.05),
     Row("dpo-exponential", DPOConfig(BETA, loss="exponential"), Target.EXPONENTIAL, below=0.05, lr=0.05),
+    Row("dpo-hinge", DPOConfig(BETA, loss="hinge"), lr=0.05),
+    Row("dpo-exo", DPOConfig(BETA, 0.01, loss="exo_pair"), lr=0.05),
     Row("nca", DPOConfig(1.0, loss="nca_pair"), Target.NCA, below=0.05, lr=0.05, beta=1.0),
     Row("sppo", DPOConfig(BETA, loss="sppo_hard"), Target.SPPO, below=0.05, lr=0.05),
     Row("ranked-dpo", RankedDPOConfig(BETA), below=0.05, lr=0.05),

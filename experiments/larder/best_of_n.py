@@ -9,22 +9,11 @@ Time       about 10 minutes with five seeds
 Expected   peak at n in 4 to 32; gold at 256 at most 0.8 of it; R(d) fits with R² >= 0.97, better than d(a - b log d)
 """
 
-from dataclasses import replace
-
 from ppo_vs_dpo import answers, evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.experiment import Experiment
-from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import BestOfN, Preferences
-
-# Four thousand comparisons of two answers: a proxy that is right in most pairs, and wrong often enough.
-preferences = base.stages["preferences"]
-assert isinstance(preferences, Preferences)
-weak = {
-    "preferences": replace(preferences, responses=2),
-    "reward_model": replace(base.stages["reward_model"], loop=LoopConfig(epochs=3, batch_size=32)),
-}
+from jrlhf.training.stages import BestOfN
 
 
 def best_of(reward: str) -> BestOfN:
@@ -41,9 +30,7 @@ def best_of(reward: str) -> BestOfN:
 experiment = Experiment(
     name="larder-best-of-n",
     stages={
-        "pretrain": base.stages["pretrain"],
-        "sft": base.stages["sft"],
-        **weak,
+        **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
         "by_reward_model": best_of("reward_model"),
         "by_gold": best_of("larder_gold"),
     },

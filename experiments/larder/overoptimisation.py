@@ -11,7 +11,6 @@ the learned
            reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d)
 """
 
-from best_of_n import weak
 from ppo_vs_dpo import answers
 from ppo_vs_dpo import experiment as base
 
@@ -25,9 +24,7 @@ from jrlhf.training.stages import PPO
 experiment = Experiment(
     name="larder-overoptimisation",
     stages={
-        "pretrain": base.stages["pretrain"],
-        "sft": base.stages["sft"],
-        **weak,
+        **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
         "ppo": PPO(
             start="sft",
             reward="reward_model",
@@ -37,7 +34,7 @@ experiment = Experiment(
             sampling=answers,
             optim=OptimConfig(lr=1e-4, eps=1e-5, warmup_steps=16),
             critic_optim=OptimConfig(lr=1e-3, eps=1e-5, warmup_steps=16),
-            loop=LoopConfig(steps=60, batch_size=128),
+            loop=LoopConfig(steps=80, batch_size=128),
         ),
     },
 )
