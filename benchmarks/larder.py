@@ -110,10 +110,10 @@ def b4(seeds: dict) -> dict:
     """PPO, beta 0: gold >= 1.8 SFT before KL 3, <= 0.5 peak by KL 12, proxy does not fall; R(d) of the RL form."""
     curves, fits = {}, []
     parts: dict[str, list] = {"rise": [], "fall": [], "proxy": [], "kl": []}
-    for seed, left in seeds.items():
-        c = training(left["ppo"])
+    course = {seed: training(left["ppo"]) for seed, left in seeds.items()}
+    start = float(np.mean([c["gold"][0] for c in course.values()]))  # every first batch is SFT's
+    for seed, c in course.items():
         kl, gold, proxy = (smoothed(np.array(c[k])) for k in ("kl", "gold", "proxy"))
-        start = np.array(c["gold"])[0]  # the first batch is SFT's
         late = int(np.argmax(kl >= 12)) if (kl >= 12).any() else len(kl) - 1
         parts["rise"].append(gold[kl <= 3].max() / start)
         parts["fall"].append(gold[late] / gold[: late + 1].max())

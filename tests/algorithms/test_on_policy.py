@@ -222,6 +222,23 @@ def test_the_penalty_in_the_reward_comes_before_the_baseline(tables, samples):
     np.testing.assert_allclose(got, whitened * mask, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        GRPOConfig(group_size=GROUP),
+        RLOOConfig(group_size=GROUP),
+        REINFORCEPlusPlusConfig(group_size=GROUP, group_baseline=True),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_order_of_answers_in_a_group_is_irrelevant(config, tables, samples):
+    order = np.array([2, 0, 3, 1, 5, 4, 7, 6])
+    moved = jax.tree.map(lambda x: x[order], samples)
+    before, after = batch_of(config, tables, samples), batch_of(config, tables, moved)
+    np.testing.assert_allclose(after.advantages, before.advantages[order], atol=1e-6)
+    assert_close(gradient(config, tables, after)[0], gradient(config, tables, before)[0])
+
+
 def test_scores_are_clipped_and_punished_for_length(tables, samples):
     """Clipped first; then -1 for not ending, and a line over the last share of the slots (DAPO, eq. 13)."""
     config = REINFORCEConfig(
@@ -413,6 +430,21 @@ DECODER_CONFIGS = [
 ]
 
 
+def padded(batch: PolicyBatch, before: int, after: int) -> PolicyBatch:
+    """More slots before the prompts and after the answers, with other tokens in all that is padding."""
+
+    def pad(x, first):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(first, after)])
+
+    of_tokens = ("response_mask", "logprobs", "ref_logprobs", "weights", "rewards", "advantages")
+    mask = pad(batch.mask, before)
+    return batch._replace(
+        tokens=np.where(mask, pad(batch.tokens, before), 19),
+        mask=mask,
+        **{name: pad(getattr(batch, name), 0) for name in of_tokens},
+    )
+
+
 @pytest.mark.parametrize("config", DECODER_CONFIGS, ids=lambda config: type(config).__name__)
 def test_pieces_padding_order_and_devices_change_nothing(config, decoded):
     """Microbatches, what stands in padding, the order of rows, and all three mesh axes: one gradient."""
@@ -429,7 +461,7 @@ def test_pieces_padding_order_and_devices_change_nothing(config, decoded):
 
     pieces = make(replace(config, microbatches=2), DESCENT, MODEL, TEMPERATURE)
     order = np.random.default_rng(0).permutation(len(batch.tokens))
-    moved = jax.tree.map(lambda x: x[order], batch._replace(tokens=np.where(batch.mask, batch.tokens, 19)))
+    moved = jax.tree.map(lambda x: x[order], padded(batch, before=3, after=2))
     spread = one_step(pieces, start, moved, "all")
     assert_close((spread.metrics, spread.gradient), (whole.metrics, whole.gradient), atol=2e-5)
 
