@@ -273,10 +273,18 @@ def _join(where: str, name: str) -> str:
 def _wrong(where: str, tp: Any, value: Any) -> UserError:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if isinstance(value, type):
+        shown = f"the class itself; write {value.__name__}(...)"
+    elif dataclasses.is_dataclass(value):
+        shown = _a(type(value).__name__)
     texts = (a for m in _members(tp) if get_origin(m) is Literal for a in get_args(m) if isinstance(a, str))
     if isinstance(value, str) and not any(texts):
         shown = f"the string {shown}"
     return UserError(f"{where or 'value'}: expected {_describe(tp)}, got {shown}")
+
+
+def _a(name: str) -> str:
+    return f"an {name}" if name[:1] in "AEIOUaeiou" else f"a {name}"
 
 
 def _members(tp: Any) -> tuple[Any, ...]:
@@ -312,7 +320,7 @@ def _describe(tp: Any) -> str:
         elif get_origin(m) is Literal:
             parts.append("one of " + ", ".join(repr(a) for a in get_args(m)))
         elif _is_class(m):
-            parts.append(f"a {m.__name__}")
+            parts.append(_a(m.__name__))
         elif _is_mapping(m):
             parts.append("a dict")
         elif _is_sequence(m):
@@ -466,7 +474,7 @@ def _pick(tp: Any, bases: list[type], data: Mapping, where: str) -> type:
         return bases[0]
     known_classes = _known_classes(bases, where)
     if name not in known_classes:
-        known_as = " or ".join(f"a {b.__name__}" for b in bases)
+        known_as = " or ".join(_a(b.__name__) for b in bases)
         raise UserError(
             f"{_join(where, 'type')}: {name!r} is not {known_as}."
             f"{did_you_mean(name, _offered(known_classes))} (For a class of your own, pass the file that defines it: "

@@ -37,14 +37,14 @@ NAMES: dict[str, Name] = {
     "train/tokens": Name("tokens", "tokens of this step that carry loss"),
     "train/skipped": Name("", "1 where this step's update was left out: its loss was not finite"),
     "reward/total/mean": Name(
-        "reward", "per response what the algorithm maximises, a KL penalty included: mean"
+        "reward", "per response what the algorithm maximises, its penalties included: mean"
     ),
     "reward/total/std": Name("reward", "standard deviation of the same over the batch"),
     "reward/<name>/mean": Name("reward", "one reward by itself (score: all combined, no KL penalty): mean"),
     "reward/<name>/std": Name("reward", "standard deviation of the same over the batch"),
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
     "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
-    "reward/frac_zero_std_groups": Name("fraction", "prompts whose answers all score the same: they teach nothing"),
+    "reward/frac_zero_std_groups": Name("fraction", "prompts whose answers all have the same score"),
     "reward/sampled/mean": Name("reward", "score of all sampled answers, where dynamic sampling keeps some: mean"),
     "reward/greedy/mean": Name("reward", "score of the greedy answers that are the baseline (ReMax): mean"),
     "kl/ref_k1": Name("nats", "KL(policy || reference) per response, estimator k1 = -log r, summed"),

@@ -1,4 +1,4 @@
-"""The code of docs/add-an-algorithm.md is run: its algorithms are added as it says, and its experiments stepped once."""
+"""The code of docs/add-an-algorithm.md is run: algorithms are added as it says, and its experiments stepped once."""
 
 import gc
 import re

@@ -213,7 +213,7 @@ def test_a_base_class_is_not_suggested(base):
 def test_a_wrong_value_in_python_is_found_when_written():
     with pytest.raises(UserError, match=r"^s\.beta: expected a float, got the string 'abc'$"):
         to_dict(replace(FULL, beta="abc"), where="s")
-    with pytest.raises(UserError, match=r"^s\.data: expected a Source, got ConfigCoin"):
+    with pytest.raises(UserError, match=r"^s\.data: expected a Source, got a ConfigCoin"):
         to_dict(replace(FULL, data=ConfigCoin()), where="s")
 
 

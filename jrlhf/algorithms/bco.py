@@ -3,7 +3,8 @@
     L = -log sigmoid(r - δ) of a desirable answer, -log sigmoid(δ - r) of an undesirable one
     r = β [log π(y|x) - log ref(y|x)]
 
-δ is the mean of r over all answers seen so far, those of the batch included; no gradient. Log-probabilities are summed
+δ is the mean of r over all answers seen so far, those of the batch included (as in TRL; the paper's is the middle
+between the two labels' means, the same where labels are balanced); no gradient. Log-probabilities are summed
 over the answer. The optimum over answers that do not take all probability is r(y) = δ + log D(y)/U(y), D and U being
 the data mass of desirable and undesirable labels: π ∝ ref·(D/U)^(1/β), the KL-regularised optimum for the log-odds of
 being desirable. δ is at rest where those log-odds have mean 0 over the data; otherwise it drifts towards their sign.

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from jrlhf.ops.advantages import group_advantages
-from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import cispo_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -30,6 +37,7 @@ class CISPOConfig(OnPolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_groups(self)
+        check_clip(self, "clip_high")
 
 
 def make_cispo(

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from jrlhf.ops.advantages import group_advantages
-from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import clipped_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -23,6 +30,7 @@ class DAPOConfig(OnPolicyConfig):
     group_size: int = 8
     beta: float = 0.0
     normalise: Normalise = "token"
+    minibatches: int = 4  # 16 in the paper; with one there is nothing to clip
     clip_low: float = 0.2
     clip_high: float = 0.28
     resample_rounds: int = 10
@@ -31,6 +39,7 @@ class DAPOConfig(OnPolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_groups(self)
+        check_clip(self, "clip_low", "clip_high")
 
 
 def make_dapo(

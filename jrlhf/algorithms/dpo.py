@@ -7,7 +7,7 @@ same log-ratios (`ops/preference_losses.py`, each with its equation); the other 
 except where an error says otherwise.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import jax
@@ -50,19 +50,16 @@ OF_REWARDS = (*LINKS, "ipo", *FLIPPED)  # of the difference between two implicit
 class DPOConfig(ReferencedPairConfig):
     beta: float = 0.1  # strength of the KL constraint that the loss implies (IPO's tau)
     label_smoothing: float = 0.0  # probability that a label is flipped (conservative or robust DPO, EXO)
-    loss: Loss = field(default="sigmoid", kw_only=True)
-    divergence: Divergence = field(default="reverse_kl", kw_only=True)  # that is constrained (f-DPO)
-    length_normalized: bool = field(
-        default=False, kw_only=True
-    )  # log-probabilities per token, not of the answer
-    reference_free: bool = field(default=False, kw_only=True)  # as if the reference found all answers alike
-    rpo_alpha: float = field(default=0.0, kw_only=True)  # weight of the chosen answer's NLL per token (RPO)
-    wpo: bool = field(
-        default=False, kw_only=True
-    )  # weigh pairs by how likely the policy is to write them (WPO)
-    ld_alpha: float = field(
-        default=1.0, kw_only=True
-    )  # weight of tokens beyond the shorter answer's length (LD-DPO)
+
+    _: KW_ONLY
+
+    loss: Loss = "sigmoid"
+    divergence: Divergence = "reverse_kl"  # that is constrained (f-DPO)
+    length_normalized: bool = False  # log-probabilities per token, not of the answer
+    reference_free: bool = False  # as if the reference found all answers alike
+    rpo_alpha: float = 0.0  # weight of the chosen answer's NLL per token (RPO)
+    wpo: bool = False  # weigh pairs by how likely the policy is to write them (WPO)
+    ld_alpha: float = 1.0  # weight of tokens beyond the shorter answer's length (LD-DPO)
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from jrlhf.ops.advantages import group_advantages
-from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import clipped_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -28,6 +35,7 @@ class DrGRPOConfig(OnPolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_groups(self)
+        check_clip(self, "clip")
 
 
 def make_dr_grpo(

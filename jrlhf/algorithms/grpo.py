@@ -15,7 +15,15 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jrlhf.ops.advantages import group_advantages
-from jrlhf.ops.on_policy import KL, LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    KL,
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import clipped_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -33,6 +41,7 @@ class GRPOConfig(OnPolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_groups(self)
+        check_clip(self, "clip")
 
 
 def make_grpo(

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from jrlhf.ops.advantages import group_advantages
-from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    check_whole_answers,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import gspo_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -29,6 +37,8 @@ class GSPOConfig(OnPolicyConfig):
     def __post_init__(self):
         super().__post_init__()
         check_groups(self)
+        check_clip(self, "clip_low", "clip_high")
+        check_whole_answers(self)
 
 
 def make_gspo(

@@ -55,6 +55,8 @@ class OnlineDPOConfig(OnPolicyConfig):
         unread = ("entropy_coef", "importance_cap", "target_kl")
         if used := [name for name in unread if getattr(self, name)]:
             raise UserError(f"{used[0]}: online DPO has no such term")
+        if self.normalise != "token":
+            raise UserError("normalise: online DPO compares whole answers; its loss is a mean over pairs")
 
     @property
     def learned_per_group(self) -> int:
@@ -91,6 +93,7 @@ def make_online_dpo(
         def update(learned, rows: PolicyBatch):
             params, opt_state = learned
             pairs = jnp.maximum(jnp.sum(rows.kept[:, 0], dtype=jnp.float32), 1.0)
+            tokens = jnp.maximum(jnp.sum(rows.response_mask & rows.kept[..., None], dtype=jnp.float32), 1.0)
 
             def loss(params, rows: PolicyBatch):
                 answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)  # [2M, ...]
@@ -99,21 +102,21 @@ def make_online_dpo(
                     params | {"reference": frozen}, answers.tokens, answers.mask, start, temperature
                 )
                 total = lambda x: masked_sum(x, answers.response_mask, axis=1).reshape(-1, 2)  # noqa: E731
-                logp_M2, old_M2, ref_M2 = map(total, (logprobs, answers.logprobs, answers.ref_logprobs))
+                logp_M2, ref_M2 = total(logprobs), total(answers.ref_logprobs)
                 reward_M2 = config.beta * (logp_M2 - ref_M2)
                 margin_M = reward_M2[:, 0] - reward_M2[:, 1]
                 ordered_M = rows.kept[:, 0]
                 mean = lambda x: masked_sum(x, ordered_M) / pairs  # noqa: E731
                 value = mean(link_loss(margin_M, LINKS[config.loss], config.label_smoothing))
-                log_ratio_M2 = jax.lax.stop_gradient(logp_M2 - old_M2)
+                learned = answers.response_mask & answers.kept[:, None]
+                log_ratio = jax.lax.stop_gradient(jnp.where(learned, logprobs - answers.logprobs, 0.0))
                 sums = {
                     "pref/loss": value,
                     "pref/acc": mean(margin_M > 0),
                     "pref/margin": mean(margin_M),
                     "pref/logp_chosen": mean(logp_M2[:, 0]),
                     "pref/logp_rejected": mean(logp_M2[:, 1]),
-                    # of whole answers, k3
-                    "policy/approx_kl": mean(jnp.mean(jnp.expm1(log_ratio_M2) - log_ratio_M2, axis=1)),
+                    "policy/approx_kl": jnp.sum(jnp.expm1(log_ratio) - log_ratio) / tokens,
                 }
                 return value, (sums, {})
 

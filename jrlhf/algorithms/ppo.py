@@ -212,6 +212,8 @@ def make_ppo(
         metrics["policy/lr"] = policy_optimizer.learning_rate(updates)
         metrics["value/lr"] = critic_optimizer.learning_rate(updates)
         extra = next_extra(config, state, params["policy"], metrics, batch.tokens.shape[0])
+        if config.critic_warmup:  # the KL of a policy that stands still says nothing of the coefficient
+            extra["kl_coef"] = jnp.where(warm, extra["kl_coef"], kl_coef)
         return TrainState(state.step + 1, params, opt_state, state.ref_params, state.key, extra), metrics
 
     return Algorithm(init, make_batch, train_step)

@@ -8,8 +8,9 @@
 - `accept="above"`: every answer that scores at least `threshold` (expert iteration, Anthony et al. 2017;
   rejection-sampling fine-tuning, Yuan et al. 2023): filtered imitation, whose fixed points are the policies that are
   always accepted.
-- `samples="reference"`: the answers come from the frozen start. With "best" this is best-of-n distillation: the
-  forward KL from the best-of-n law of the start, which is its fixed point (KL to the start: log n - (n-1)/n at most).
+- `samples="reference"`: the answers come from the reference, the frozen start. With "best" this is best-of-n
+  distillation: the forward KL from the best-of-n law of the start, which is its fixed point (at a KL of
+  log n - (n-1)/n at most).
 
 Ties for the best are broken by the order of rows.
 """
@@ -51,8 +52,14 @@ class RAFTConfig(OnPolicyConfig):
             raise UserError(
                 "beta holds the policy to the reference; samples 'reference' do so by themselves: set it to 0"
             )
+        if self.samples == "reference" and self.importance_cap:
+            raise UserError(
+                "importance_cap corrects samples of the policy; with samples 'reference' leave it 0"
+            )
         if self.accept == "best":
             check_groups(self)
+            if self.threshold != 1.0:
+                raise UserError("threshold is only read where accept is 'above'")
 
     @property
     def learned_per_group(self) -> int:
@@ -66,6 +73,7 @@ class RAFTConfig(OnPolicyConfig):
 def make_raft(
     config: RAFTConfig, model: LanguageModel, optimizer: Optimizer, temperature: float = 1.0
 ) -> Algorithm:
+    # Every accepted answer has advantage 1: REINFORCE's loss is then that of imitation, -log π.
     alike = lambda rewards_BR, mask_BR, greedy_B: jnp.ones_like(rewards_BR)  # noqa: E731
     imitation = policy_gradient(config, alike, reinforce_loss, model, optimizer, temperature)
     imitated = imitation.make_batch
@@ -78,11 +86,12 @@ def make_raft(
             of_policy = lambda name: name.startswith(("mismatch/", "kl/"))  # noqa: E731
             batch = batch._replace(metrics={k: v for k, v in batch.metrics.items() if not of_policy(k)})
         if config.accept == "above":
-            kept_B = batch.kept & (total_B >= config.threshold)
-            accepted = jnp.mean(kept_B, dtype=jnp.float32)
-            return batch._replace(kept=kept_B, metrics=batch.metrics | {"rollout/accepted": accepted})
-        # Only the best rows go through the update: a group_size-th of the batch.
-        best_G = jnp.argmax(total_B.reshape(-1, config.group_size), axis=1)
-        return take_rows(batch, jnp.arange(best_G.shape[0]) * config.group_size + best_G)
+            batch = batch._replace(kept=batch.kept & (total_B >= config.threshold))
+        else:  # only the best rows go through the update: a group_size-th of the batch
+            usable_GK = jnp.where(batch.kept, total_B, -jnp.inf).reshape(-1, config.group_size)
+            best_G = jnp.argmax(usable_GK, axis=1)
+            batch = take_rows(batch, jnp.arange(best_G.shape[0]) * config.group_size + best_G)
+        accepted = jnp.sum(batch.kept, dtype=jnp.float32) / len(scores_B)
+        return batch._replace(metrics=batch.metrics | {"rollout/accepted": accepted})
 
     return imitation._replace(make_batch=make_batch)

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 
 from jrlhf.ops.advantages import reward_to_go
 from jrlhf.ops.masking import masked_whiten
-from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, check_groups, policy_gradient
+from jrlhf.ops.on_policy import (
+    LanguageModel,
+    Normalise,
+    OnPolicyConfig,
+    check_clip,
+    check_groups,
+    policy_gradient,
+)
 from jrlhf.ops.policy_losses import clipped_loss
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm
@@ -26,11 +33,13 @@ from jrlhf.types import Algorithm
 class REINFORCEPlusPlusConfig(OnPolicyConfig):
     beta: float = 0.01
     normalise: Normalise = "token"
+    minibatches: int = 4
     clip: float = 0.2
     group_baseline: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        check_clip(self, "clip")
         if self.group_baseline:
             check_groups(self)
 

@@ -6,7 +6,7 @@ an algorithm turns those into advantages; `run_updates` goes over the batch in e
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
@@ -25,6 +25,14 @@ KL = Literal["reward", "k1", "k2", "k3", "full", "implicit"]
 Normalise = Literal["token", "sequence", "sum", "constant"]
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
+# Options that mean nothing without another.
+READ_WITH = {
+    "overlong_penalty": "overlong_buffer",
+    "importance_level": "importance_cap",
+    "kl_horizon": "target_kl",
+    "ref_mixup": "ref_update_every",
+}
+
 
 @dataclass(frozen=True)
 class OnPolicyConfig:
@@ -34,59 +42,40 @@ class OnPolicyConfig:
     greedy_baseline: ClassVar[bool] = False  # make_batch also wants the scores of greedy answers
     implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
 
-    # The KL penalty. "reward": -beta·k1 per token in the reward, which optimises E[r] - beta·KL(π‖ref). Others put an
-    # estimator into the loss, and optimise what its gradient says (ops/kl.py, docs/algorithms.md). "implicit": the
+    _: KW_ONLY
+
+    beta: float = 0.05  # coefficient of the KL penalty (the first one, when adaptive); 0: no penalty
+    # Where the penalty stands. "reward": -beta·k1 per token in the reward, which optimises E[r] - beta·KL(π‖ref).
+    # Others put an estimator into the loss, and optimise what its gradient says (docs/algorithms.md). "implicit": the
     # algorithm's own loss has it.
-    beta: float = field(default=0.05, kw_only=True)  # the first one, when adaptive; 0: no penalty
-    kl: KL = field(default="reward", kw_only=True)
-    kl_level: Literal["token", "sequence"] = field(
-        default="token", kw_only=True
-    )  # of an estimator in the loss
-    # The estimator times the ratio to the policy that sampled: its gradient is then that of KL(π‖ref) (DeepSeek-V3.2,
-    # 2025, eq. 7), at the level that it is taken at.
-    kl_ratio: bool = field(default=False, kw_only=True)
-    target_kl: float = field(
-        default=0.0, kw_only=True
-    )  # > 0: adapt beta towards this KL per sequence, in nats
-    kl_horizon: int = field(
-        default=10_000, kw_only=True
-    )  # sequences over which the adaptive coefficient moves
-    ref_update_every: int = field(
-        default=0, kw_only=True
-    )  # steps between updates of the reference; 0: frozen
-    ref_mixup: float = field(default=1.0, kw_only=True)  # share of the policy in an update; 1: a copy
+    kl: KL = "reward"
+    kl_level: Literal["token", "sequence"] = "token"  # of an estimator in the loss
+    # k1 or k3 times the ratio to the policy that sampled: the gradient is then that of KL(π‖ref) (DeepSeek-V3.2, 2025,
+    # eq. 7), at the level that it is taken at. (k2 has that gradient by itself.)
+    kl_ratio: bool = False
+    target_kl: float = 0.0  # > 0: adapt beta towards this KL per sequence, in nats
+    kl_horizon: int = 10_000  # sequences over which the adaptive coefficient moves
+    ref_update_every: int = 0  # steps between updates of the reference; 0: it is frozen
+    ref_mixup: float = 1.0  # share of the policy in an update of the reference; 1: a copy
 
-    # The samples and their scores.
-    group_size: int = field(default=1, kw_only=True)  # answers to each prompt, in consecutive rows
-    resample_rounds: int = field(
-        default=0, kw_only=True
-    )  # rounds of fresh prompts, at most, that replace groups of
-    # equal scores (dynamic sampling, DAPO); 0: none
-    missing_eos_penalty: float = field(
-        default=0.0, kw_only=True
-    )  # off the score of an answer that did not end
-    score_clip: float = field(default=0.0, kw_only=True)  # clip scores to +- this; 0: off
-    overlong_buffer: float = field(
-        default=0.0, kw_only=True
-    )  # last share of the slots for an answer, in which its
-    # length is punished (DAPO); 0: off
-    overlong_penalty: float = field(default=1.0, kw_only=True)  # at full length
-    mask_truncated: bool = field(default=False, kw_only=True)  # learn nothing from answers that did not end
+    group_size: int = 1  # answers to each prompt, in consecutive rows
+    resample_rounds: int = 0  # of fresh prompts, at most, that replace groups of equal scores (DAPO); 0: off
+    missing_eos_penalty: float = 0.0  # off the score of an answer that did not end
+    score_clip: float = 0.0  # clip scores to +- this; 0: off
+    overlong_buffer: float = 0.0  # last share of the slots in which length is punished (DAPO); 0: off
+    overlong_penalty: float = 1.0  # of an answer that fills all its slots
+    mask_truncated: bool = False  # learn nothing from answers that did not end
 
-    # The update.
-    epochs: int = field(default=1, kw_only=True)  # passes over each batch of rollouts
-    minibatches: int = field(default=1, kw_only=True)  # optimiser steps per pass
-    microbatches: int = field(default=1, kw_only=True)  # pieces of a minibatch in memory one after the other
-    stop_kl: float = field(
-        default=0.0, kw_only=True
-    )  # skip an iteration's other updates once approx_kl passes it
-    # What a token's loss is divided by: "token", the minibatch's tokens; "sequence", its answer's tokens and the
-    # number of answers; "sum", the number of answers; "constant", that times the slots for an answer.
-    normalise: Normalise = field(default="token", kw_only=True)
-    entropy_coef: float = field(default=0.0, kw_only=True)
-    # Truncated importance sampling: each token's loss times min(trainer / sampler, cap) (Yao et al. 2025); 0: off.
-    importance_cap: float = field(default=0.0, kw_only=True)
-    importance_level: Literal["token", "sequence"] = field(default="token", kw_only=True)
+    epochs: int = 1  # passes over each batch of rollouts
+    minibatches: int = 1  # optimiser steps per pass
+    microbatches: int = 1  # pieces of a minibatch that are in memory one after the other
+    stop_kl: float = 0.0  # skip the rest of an iteration's updates once approx_kl passes this; 0: off
+    # What a token's loss is divided by. "token": the minibatch's tokens; "sequence": its answer's tokens and the
+    # number of answers; "sum": the number of answers; "constant": that times the slots for an answer.
+    normalise: Normalise = "token"
+    entropy_coef: float = 0.0  # weight of the entropy, a mean over tokens
+    importance_cap: float = 0.0  # truncate trainer / sampler here, times which a token's loss counts; 0: off
+    importance_level: Literal["token", "sequence"] = "token"  # of these weights (Yao et al. 2025)
 
     def __post_init__(self):
         positive = ("kl_horizon", "group_size", "epochs", "minibatches", "microbatches")
@@ -110,10 +99,8 @@ class OnPolicyConfig:
             raise UserError(
                 f"kl_level 'sequence' is for the estimators k1, k2 and k3 in the loss, not for kl {self.kl!r}"
             )
-        if self.kl_ratio and self.kl not in ESTIMATORS:
-            raise UserError(
-                f"kl_ratio is for the estimators k1, k2 and k3 in the loss, not for kl {self.kl!r}"
-            )
+        if self.kl_ratio and self.kl not in ("k1", "k3"):
+            raise UserError(f"kl_ratio is for the estimators k1 and k3 in the loss, not for kl {self.kl!r}")
         if (self.kl == "implicit") != self.implicit_kl:
             raise UserError(f"kl {self.kl!r} is not possible in {type(self).__name__}")
         if self.overlong_buffer > 1:
@@ -122,10 +109,17 @@ class OnPolicyConfig:
             )
         if not 0 < self.ref_mixup <= 1:
             raise UserError(f"ref_mixup must be in (0, 1], got {self.ref_mixup}")
-        if self.ref_mixup < 1 and not self.ref_update_every:
-            raise UserError("ref_mixup is for a reference that is updated: set ref_update_every")
+        of_class = {f.name: f.default for f in fields(self)}
+        if not self.beta and self.kl != of_class["kl"]:
+            raise UserError(f"kl {self.kl!r} has no weight: beta is 0")
+        for name, needed in READ_WITH.items():
+            default = next(f.default for f in fields(OnPolicyConfig) if f.name == name)
+            if getattr(self, name) != default and not getattr(self, needed):
+                raise UserError(f"{name} is only read where {needed} is set")
         if self.resample_rounds and self.group_size < 2:
             raise UserError("resample_rounds replaces groups of equal scores: group_size must be at least 2")
+        if self.resample_rounds and self.greedy_baseline:
+            raise UserError(f"resample_rounds is not possible in {type(self).__name__}: it has no groups")
 
     @property
     def learned_per_group(self) -> int:
@@ -146,6 +140,18 @@ class OnPolicyConfig:
 def check_groups(config: OnPolicyConfig, least: int = 2) -> None:
     if config.group_size < least:
         raise UserError(f"group_size must be at least {least} here, got {config.group_size}")
+
+
+def check_clip(config: OnPolicyConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def check_whole_answers(config: OnPolicyConfig) -> None:
+    """The loss is one of whole answers, each of which counts once."""
+    if config.normalise != "sequence":
+        raise UserError(f"normalise must be 'sequence' in {type(config).__name__}, got {config.normalise!r}")
 
 
 class LanguageModel(Protocol):
@@ -221,6 +227,18 @@ def initial_extra(config: OnPolicyConfig, policy_params: Params, ref_params: Par
     return extra | {"reference": ref_params}, None
 
 
+def shaped_scores(config: OnPolicyConfig, rollout: Rollout, scores: jax.Array) -> jax.Array:
+    """Scores [B] clipped, less penalties for never ending and for length."""
+    response = rollout.response_mask
+    shaped = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
+    shaped = shaped - config.missing_eos_penalty * (~rollout.ended).astype(jnp.float32)
+    if not config.overlong_buffer:
+        return shaped
+    slots = response.shape[1]
+    length = jnp.sum(response, axis=1, dtype=jnp.float32)
+    return shaped - config.overlong_penalty * overlong_penalty(length, slots, config.overlong_buffer * slots)
+
+
 def score_rollout(
     config: OnPolicyConfig,
     policy: Policy,
@@ -248,16 +266,12 @@ def score_rollout(
     logprobs, entropy, extra = map_rows(forward, (tokens, mask), config.parts)
     of_reference = lambda rows: policy.reference(reference, *rows, start, temperature)  # noqa: E731
     ref_logprobs = map_rows(of_reference, (tokens, mask), config.parts)
-    # 2. The score: clipped, less penalties for never ending and for length, at the last response token.
+    # 2. The score, with its penalties, at the last response token.
     length = jnp.sum(response, axis=1, dtype=jnp.float32)
-    final = jnp.clip(scores, -config.score_clip, config.score_clip) if config.score_clip else scores
-    final = final - config.missing_eos_penalty * (~rollout.ended).astype(jnp.float32)
-    if config.overlong_buffer:
-        too_long = overlong_penalty(length, response.shape[1], config.overlong_buffer * response.shape[1])
-        final = final - config.overlong_penalty * too_long
+    final = shaped_scores(config, rollout, scores)
     at_last = jax.nn.one_hot(last_token_index(response), response.shape[1], dtype=jnp.float32)
     # 3. Per-token reward: -beta * (log pi - log ref), plus the score at the end. No gradient goes through it.
-    kl = kl_k1(logprobs, ref_logprobs) * response.astype(jnp.float32)
+    kl = jnp.where(response, kl_k1(logprobs, ref_logprobs), 0.0)
     rewards = at_last * final[:, None]
     if config.kl == "reward":
         rewards = rewards - kl_coef * kl
@@ -267,7 +281,8 @@ def score_rollout(
     weights = importance_weights(mismatch, config.importance_cap, config.importance_level)
 
     total, sequence_kl = jnp.sum(rewards, axis=1), jnp.sum(kl, axis=1)
-    sequence_weight = jnp.exp(jnp.sum(mismatch, axis=1))
+    log_weight = jnp.sum(mismatch, axis=1)
+    sequence_weight = jnp.exp(log_weight - jnp.max(log_weight))  # the effective sample size has no scale
     metrics = {
         "reward/total/mean": jnp.mean(total),
         "reward/total/std": jnp.std(total),
@@ -460,7 +475,8 @@ def adapted_kl_coef(config: OnPolicyConfig, kl_coef, kl, sequences: int) -> jax.
     return kl_coef * (1.0 + error * sequences / config.kl_horizon)
 
 
-# (rewards per token [B, R], response mask [B, R], scores of greedy answers [B] or None) -> advantages, [B] or [B, R]
+# (rewards per token [B, R], response mask [B, R], shaped scores of greedy answers [B] or None)
+# -> advantages, [B] of whole answers or [B, R]
 Advantages = Callable[[Array, Array, Array | None], Array]
 
 

@@ -102,7 +102,7 @@ class ReferencedPairConfig(PairConfig):
 
     abstract: ClassVar[bool] = True
 
-    # memory against time: the frozen start's log-probabilities computed once, or its parameters kept
+    # the frozen start's log-probabilities: computed once, before training, or again in every step
     reference: Literal["precomputed", "on_the_fly"] = field(default="precomputed", kw_only=True)
     ref_update_every: int = field(default=0, kw_only=True)  # TR-DPO: updates between refreshes; 0: frozen
     ref_mixup: float = field(default=1.0, kw_only=True)  # the policy's share in a refresh; 1 replaces
@@ -221,7 +221,7 @@ def pair_algorithm(
             return state, batch._replace(ref_logprobs=jnp.zeros(batch.tokens.shape[:2], jnp.float32))
         ref = state.ref_params
         if every:
-            # By the policy that begins the step, which is finite even where a bad step was left out.
+            # By the policy that begins the step. (Where a bad step is left out, so is the refresh that was due in it.)
             ref = refreshed_reference(
                 state.extra["reference"], state.params["policy"], state.step, every, mixup
             )

@@ -74,7 +74,8 @@ def link_loss(
 # (Wang et al. 2023, table 1). β·f'(π/π_ref) is the implicit reward; reverse KL is DPO's own.
 DIVERGENCES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "reverse_kl": lambda ratio: ratio,
-    "forward_kl": lambda ratio: -jnp.exp(-ratio),
+    # Bounded: a rejected answer may become as unlikely as it likes, and exp would overflow into the gradient as 0·inf.
+    "forward_kl": lambda ratio: -jnp.exp(jnp.minimum(-ratio, 80.0)),
     "jensen_shannon": lambda ratio: jax.nn.log_sigmoid(ratio),
 }
 

@@ -18,7 +18,7 @@ from jrlhf.types import Algorithm, AnswerBatch, Array, Params, TrainState, Unpai
 class UnpairedConfig:
     """What the configs of these algorithms begin with."""
 
-    # memory against time: the frozen start's log-probabilities computed once, or its parameters kept
+    # the frozen start's log-probabilities: computed once, before training, or again in every step
     reference: Literal["precomputed", "on_the_fly"] = field(default="precomputed", kw_only=True)
     microbatches: int = field(default=1, kw_only=True)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches
-from jrlhf.ops.on_policy import OnPolicyConfig, reference_params
+from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
 from jrlhf.rollout.rollout import rollout
 from jrlhf.sharding import check_batch, fetch, put_batch
 from jrlhf.training.data import BatchFeed
@@ -66,6 +67,7 @@ def train_online(
     greedy = (
         replace(sampler, config=replace(sampler.config, temperature=0.0)) if config.greedy_baseline else None
     )
+    shaped = jax.jit(partial(shaped_scores, config))
     rounds = 0  # of sampling so far
 
     def answers(state: TrainState, number: int, sampler: Sampler, dispatched: Callable[[], None]) -> Scored:
@@ -104,9 +106,9 @@ def train_online(
         # 2. What else the algorithm wants.
         more = (text_feed(n),) if text_feed is not None else ()
         if greedy is not None:
-            baseline = answers(state, rounds, greedy, dispatched).scores
-            more = (baseline,)
-            extra["reward/greedy/mean"] = jnp.mean(baseline)
+            baseline = answers(state, rounds, greedy, dispatched)
+            extra["reward/greedy/mean"] = jnp.mean(baseline.scores)
+            more = (shaped(baseline.samples, baseline.scores),)
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         batch = make_batch(state._replace(ref_params=frozen), samples, scores, *more)
@@ -119,7 +121,7 @@ def train_online(
 
     def resume(position: dict) -> None:
         nonlocal rounds
-        rounds = position["rounds"]
+        rounds = position.get("rounds", position["step"])  # without resampling a step is a round
 
     try:
         return train(

@@ -52,10 +52,11 @@ class Reward(NamedTuple):
     score: Callable[[Rollout, Texts | None], Any]  # -> [B] float32
 
 
-def program_reward(name: str) -> RewardFn:
+def program_reward(name: str, field: str = "reward") -> RewardFn:
     if name not in REWARDS:
         raise UserError(
-            f"reward {name!r} is neither a stage nor a known reward.{did_you_mean(name, REWARDS)}"
+            f"{field} {name!r} is {'no' if field == 'gold' else 'neither a stage nor a'} known reward."
+            f"{did_you_mean(name, REWARDS)}"
         )
     return REWARDS[name]
 

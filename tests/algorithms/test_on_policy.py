@@ -227,7 +227,7 @@ def test_the_penalty_in_the_reward_comes_before_the_baseline(tables, samples):
     [
         GRPOConfig(group_size=GROUP),
         RLOOConfig(group_size=GROUP),
-        REINFORCEPlusPlusConfig(group_size=GROUP, group_baseline=True),
+        REINFORCEPlusPlusConfig(group_size=GROUP, group_baseline=True, minibatches=1),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -293,7 +293,7 @@ def test_online_dpo_pairs_the_best_with_the_worst(tables, samples):
         GSPOConfig(group_size=GROUP, epochs=2, minibatches=1),
         CISPOConfig(group_size=GROUP, epochs=2, minibatches=1, clip_high=0.1),
         RLOOConfig(group_size=GROUP, epochs=2),
-        REINFORCEPlusPlusConfig(epochs=2),
+        REINFORCEPlusPlusConfig(epochs=2, minibatches=1),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -345,7 +345,7 @@ def test_a_penalty_in_the_loss_has_the_gradient_of_its_estimator(kl, level, tabl
         return jnp.mean(jnp.sum(estimators[kl](logp, ref) * mask, axis=1) / mask.sum(axis=1))
 
     with_it, metrics = gradient(config, tables, batch)
-    without, _ = gradient(replace(config, beta=0.0), tables, batch)
+    without, _ = gradient(GRPOConfig(group_size=GROUP, beta=0.0), tables, batch)
     np.testing.assert_allclose(with_it - without, 0.7 * jax.grad(penalty)(tables[0]), atol=2e-6)
     assert metrics["kl/loss"] == pytest.approx(float(penalty(tables[0])), abs=1e-5)
 
@@ -423,7 +423,7 @@ def decoded():
 
 DECODER_CONFIGS = [
     GRPOConfig(group_size=4, entropy_coef=0.01),
-    DAPOConfig(group_size=4, beta=0.1, kl="full"),
+    DAPOConfig(group_size=4, beta=0.1, kl="full", minibatches=1),
     GSPOConfig(group_size=4, minibatches=1),
     RLOOConfig(group_size=4),
     OnlineDPOConfig(group_size=4),
@@ -476,6 +476,18 @@ def test_pieces_padding_order_and_devices_change_nothing(config, decoded):
         (OnlineDPOConfig, {"entropy_coef": 0.1}),
         (RLOOConfig, {"kl_level": "sequence"}),
         (RLOOConfig, {"kl_ratio": True}),
+        (GRPOConfig, {"kl_ratio": True, "kl": "k2"}),
+        (GRPOConfig, {"clip": -0.2}),
+        (CISPOConfig, {"clip_high": 0.0}),
+        (RLOOConfig, {"normalise": "sum"}),
+        (GSPOConfig, {"normalise": "token"}),
+        (GRPOConfig, {"overlong_penalty": 2.0}),
+        (GRPOConfig, {"importance_level": "sequence"}),
+        (GRPOConfig, {"kl_horizon": 5}),
+        (ReMaxConfig, {"resample_rounds": 2, "group_size": 2}),
+        (OnlineDPOConfig, {"normalise": "sequence"}),
+        (RAFTConfig, {"importance_cap": 2.0, "samples": "reference"}),
+        (RAFTConfig, {"threshold": 0.5}),
         (RLOOConfig, {"ref_mixup": 0.5}),
         (RLOOConfig, {"overlong_buffer": 1.5}),
         (REINFORCEConfig, {"epochs": 2}),

@@ -53,7 +53,7 @@ class AlignmentStage(FineTuningStage):
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
         if self.gold:
-            program_reward(self.gold)
+            program_reward(self.gold, "gold")
             if self.eval_prompts is None:
                 raise UserError("gold is measured on samples: give eval_prompts")
         if self.eval_prompts is not None:

@@ -57,7 +57,7 @@ class BestOfN(MeshStage):
     def validate(self, stages):
         check_reward(self.reward, stages)
         if self.gold:
-            program_reward(self.gold)
+            program_reward(self.gold, "gold")
         if self.samples < 2:
             raise UserError(f"samples is {self.samples}; best-of-n needs at least 2")
         check_answers(self.start, stages, self.sampling, self.max_prompt)

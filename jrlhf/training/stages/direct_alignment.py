@@ -22,8 +22,8 @@ from jrlhf.training.evaluation import chunk_rows, criteria_accuracy
 from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
 from jrlhf.training.stages.alignment import AlignmentStage
-from jrlhf.training.stages.common import check_length
-from jrlhf.training.stages.preferences import preference_plan, preference_rows
+from jrlhf.training.stages.common import check_length, start_config
+from jrlhf.training.stages.preferences import preference_plan, preference_rows, with_references
 from jrlhf.types import PairBatch, PreferenceBatch, RankedBatch
 
 
@@ -54,7 +54,8 @@ class DirectAlignment(AlignmentStage):
         return self.algorithm.learns_from == "rankings"
 
     def plan(self, ctx):
-        return preference_plan(self, ctx, "" if self.of_rankings else self.pairs)
+        plan = preference_plan(self, ctx, "" if self.of_rankings else self.pairs)
+        return with_references(plan, self, start_config(ctx.stages, self.start))
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)

@@ -78,6 +78,12 @@ class Distill(FineTuningStage):
         if self.prompts is not None or self.eval_prompts is not None:
             for name in (self.start, self.teacher):
                 check_answers(name, stages, self.sampling, self.max_prompt)
+        temperatures = self.sampling.temperature, self.algorithm.temperature
+        if self.eval_prompts is not None and (self.sampling.filtered or len({*temperatures}) > 1):
+            raise UserError(
+                "eval_prompts: the KL to the teacher is that of unfiltered samples at one temperature; sampling has "
+                f"{temperatures[0]}, algorithm {temperatures[1]}"
+            )
         check_microbatches(self)
         self.check_adapters(stages)
         check_teacher(stages, self.start, self.teacher)

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jrlhf.algorithms import FROM_ROLLOUTS
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
-from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.algorithms.sft import sft_loss
 from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError, did_you_mean, stage_ref_or_name
 from jrlhf.models.transformer import Model, with_scalar_head
@@ -34,6 +32,7 @@ from jrlhf.training.stages.common import (
     start_config,
     usable_prompts,
 )
+from jrlhf.training.stages.preferences import with_references
 from jrlhf.training.stages.sizes import at_most, trained_bytes, training_plan, usable
 from jrlhf.types import Algorithm
 
@@ -72,7 +71,7 @@ class RolloutStage(FineTuningStage):
     def validate(self, stages):
         check_reward(self.reward, stages)
         if self.gold:
-            program_reward(self.gold)
+            program_reward(self.gold, "gold")
         if self.sampling.filtered:
             raise UserError(
                 f"sampling: {type(self).__name__} trains the distribution that is sampled, so top_k, top_p, min_p and "
@@ -102,9 +101,7 @@ class RolloutStage(FineTuningStage):
         length = at_most(prompt + self.sampling.max_new_tokens)
         prompts = usable(self.prompts, self.too_long)
         plan = training_plan(config, self.loop, prompts, length, lora=self.lora)
-        # The reference is the adapters' base, or a model of its own (which a refreshed one is in training, too).
-        reference = 0 if self.lora.rank else jnp.dtype(config.param_dtype).itemsize * config.n_params
-        return replace(plan, memory_bytes=plan.memory_bytes + reference)
+        return with_references(plan, self, config)
 
     def run(self, ctx: StageContext) -> dict:
         mesh = make_mesh(ctx.mesh)
@@ -135,11 +132,12 @@ class RolloutStage(FineTuningStage):
                 )  # fmt: skip
                 whole = lambda state: model.whole(state.params["policy"], beginning.frozen)  # noqa: E731
                 evaluate = lambda state, step: probe(whole(state), step)  # noqa: E731
-            learner = self.learner(ctx, mesh, policy, beginning, key, slots)
+            learner = self.learner(ctx, mesh, policy, beginning, jax.random.fold_in(key, 5), slots)
+            shown = "reward/sampled/mean" if self.algorithm.resample_rounds else "reward/score/mean"
             state = train_online(
                 ctx, mesh, self.loop, self.algorithm, learner.algorithm, learner.start, learner.axes, sampler,
                 rows, ids, reward, watch, jax.random.fold_in(key, 3), learner.text, evaluate,
-                ("reward/score/mean", *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
+                (shown, *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
             )  # fmt: skip
             save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
         return {"kl_coef": float(state.extra["kl_coef"])}
@@ -154,7 +152,7 @@ class RolloutStage(FineTuningStage):
 class OnPolicy(RolloutStage):
     """Reinforcement learning without a critic; `algorithm` says which (GRPOConfig, RLOOConfig, DAPOConfig, ...)."""
 
-    algorithm: OnPolicyConfig = field(default_factory=RLOOConfig)
+    algorithm: OnPolicyConfig = field(kw_only=True)
 
     def validate(self, stages):
         if type(self.algorithm) not in FROM_ROLLOUTS:
@@ -164,7 +162,9 @@ class OnPolicy(RolloutStage):
                 if isinstance(self.algorithm, PPOConfig)
                 else did_you_mean(name, [c.__name__ for c in FROM_ROLLOUTS])
             )
-            raise UserError(f"algorithm: {name} is not in jrlhf.algorithms.FROM_ROLLOUTS.{hint}")
+            raise UserError(
+                f"algorithm: {name} is not in jrlhf.algorithms.FROM_ROLLOUTS; add its line there.{hint}"
+            )
         super().validate(stages)
 
     def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:

@@ -2,11 +2,12 @@
 
 import json
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.config import (
@@ -22,6 +23,7 @@ from jrlhf.config import (
 )
 from jrlhf.data.sources import check_row
 from jrlhf.metrics import progress
+from jrlhf.models.config import ModelConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model
@@ -175,6 +177,15 @@ def preference_plan(stage, ctx: StageContext, pairs: str = "") -> Plan:
     # Sequences are as long as the longest in the data.
     length = at_most(min(stage.max_length or config.context, config.context))
     return training_plan(config, stage.loop, rows, length, 2 if pairs else answers, lora=stage.lora)
+
+
+def with_references(plan: Plan, stage, config: ModelConfig) -> Plan:
+    """`plan` with the start that a policy is compared with, which stays in memory, and its refreshed successor."""
+    if stage.lora.rank:
+        return plan  # the adapters' base, which is counted
+    references = 1 + bool(getattr(stage.algorithm, "ref_update_every", 0))
+    size = jnp.dtype(config.param_dtype).itemsize * config.n_params
+    return replace(plan, memory_bytes=plan.memory_bytes + references * size)
 
 
 def _training_preferences(stage, ctx: StageContext, pairs: str) -> tuple[Count, int]:

@@ -24,7 +24,7 @@ from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
 from jrlhf.training.stages.alignment import AlignmentStage
 from jrlhf.training.stages.common import check_length, labelled, start_config
-from jrlhf.training.stages.preferences import Preferences, stored_preferences
+from jrlhf.training.stages.preferences import Preferences, stored_preferences, with_references
 from jrlhf.training.stages.sizes import (
     Count,
     at_most,
@@ -59,7 +59,8 @@ class UnpairedAlignment(AlignmentStage):
             rows = at_most(rows.n)
         length = at_most(min(self.max_length or config.context, config.context))
         sequences = 2 if self.algorithm.mismatched else 1
-        return training_plan(config, self.loop, rows, length, sequences, lora=self.lora)
+        plan = training_plan(config, self.loop, rows, length, sequences, lora=self.lora)
+        return with_references(plan, self, config)
 
     def _planned(self, ctx: StageContext) -> Count:
         """Labelled answers to train on, as well as can be told before the parent ran."""
