@@ -3,7 +3,7 @@
 With -beta·k1 in the reward PPO, RLOO and REINFORCE maximise one objective, and end near one another. GRPO as
 published divides by the group's spread and has k3 in the loss: the same beta holds it far less.
 
-Command    jrlhf run experiments/larder/rl_family.py --seeds 0 1 2 3 4 --seed_from ppo
+Command    jrlhf run experiments/larder/rl_family.py --seeds 0 1 2 3 4 --seed_from preferences
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 30 minutes with five seeds
 Expected   RLOO's KL within 15% of PPO's and gold within 0.15; both keep at least 90% of their own peak; GRPO's KL at
@@ -26,14 +26,12 @@ from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.stages import PPO, Evaluate, OnPolicy
 
-BETA, GROUP = 0.1, 4
-shared = {"beta": BETA, "missing_eos_penalty": 1.0}
-# Several passes over each batch, as PPO has; an answer as a whole leaves the clip sooner than its tokens do.
-passes = {"epochs": 2, "minibatches": 2, "group_size": GROUP}
+# The same for all: coefficient, penalty, and optimiser steps per batch of answers.
+shared = {"beta": 0.1, "missing_eos_penalty": 1.0, "epochs": 2, "minibatches": 2}
 algorithms: dict[str, OnPolicyConfig] = {
-    "rloo": RLOOConfig(**shared, **passes),
-    "dr_grpo": DrGRPOConfig(**shared, **passes),  # with its penalty in the reward
-    "grpo": GRPOConfig(**shared, **passes),
+    "rloo": RLOOConfig(group_size=4, **shared),
+    "dr_grpo": DrGRPOConfig(group_size=4, **shared),  # with its penalty in the reward
+    "grpo": GRPOConfig(group_size=4, **shared),
 }
 
 

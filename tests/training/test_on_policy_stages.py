@@ -29,6 +29,7 @@ STAGE = OnPolicy(
     start="sft",
     reward="larder_gold",
     prompts=LarderPrompts(size=64),
+    algorithm=RLOOConfig(group_size=4),
     sampling=tiny.answers,
     optim=tiny.adam,
     loop=tiny.loop(4),
@@ -151,7 +152,7 @@ def test_greedy_baselines_and_samples_of_the_reference(train):
     ],
 )
 def test_mistakes_are_named_before_anything_runs(change, message, tmp_path):
-    stage = replace(STAGE, **{"algorithm": RLOOConfig(group_size=4), **change})
+    stage = replace(STAGE, **change)
     with pytest.raises(UserError, match=message):
         run(only("pretrain", "sft", rl=stage), tmp_path, console=QUIET)
     assert not jax.tree.leaves(list(tmp_path.rglob("metrics.jsonl")))
