@@ -1,6 +1,7 @@
 """What must show on Larder (claims B1, B3, B4, B5 and B7), from finished runs to numbers and pictures.
 
     python benchmarks/larder.py collect B3 runs/larder-best-of-n-...    reads the run, writes benchmarks/larder/B3.json
+    python benchmarks/larder.py table                                   prints the table of docs/lab.md
     python benchmarks/larder.py plot                                    draws every JSON there is, into docs/images
 
 Each JSON has the command, the versions, every seed's own numbers, and for each part of the claim its mean over seeds, a
@@ -259,6 +260,27 @@ def collect(claim: str, run: Path) -> Path:
     return out
 
 
+def table() -> list[str]:
+    """Lines of a Markdown table: every part of every claim that has a bound."""
+    lines = ["| claim | part | mean over seeds, 95% interval | bound | |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        file = HERE / f"{claim}.json"
+        for name, p in json.loads(file.read_text())["parts"].items() if file.exists() else ():
+            bounds = [
+                f"{sign} {p[key]:g}"
+                for key, sign in (("at_least", "≥"), ("at_most", "≤"))
+                if p[key] is not None
+            ]
+            if not bounds:
+                continue
+            interval = f" [{p['low']:.2f}, {p['high']:.2f}]" if len(p["seeds"]) > 1 else ""
+            verdict = "" if p["met"] else "**not met**"
+            lines.append(
+                f"| {claim} | {name} | {p['mean']:.2f}{interval} | {', '.join(bounds)} | {verdict} |"
+            )
+    return lines
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +384,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["collect", claim, run] if claim in CLAIMS:
             print(collect(claim, Path(run)))
+        case ["table"]:
+            print("\n".join(table()))
         case ["plot"]:
             plot()
         case _:

@@ -267,6 +267,20 @@ def test_raft_takes_the_best_and_expert_iteration_what_is_good_enough(tables, sa
     assert batch.metrics["rollout/accepted"] == pytest.approx(np.mean(scores >= 0.3))
 
 
+def test_raft_takes_the_best_of_those_that_may_be_learned_from(tables, samples):
+    """With truncated answers left out, the best of those that ended; a prompt without any teaches nothing."""
+    scores = np.asarray(samples[1]).copy()
+    ended = np.array([True, True, False, False, False, False, False, False])
+    scores[2] = 9.0  # the best, and cut off
+    rollout_ = samples[0]._replace(ended=jnp.asarray(ended))
+    batch = batch_of(
+        RAFTConfig(group_size=GROUP, mask_truncated=True), tables, (rollout_, jnp.asarray(scores))
+    )
+    np.testing.assert_array_equal(batch.tokens[0], np.asarray(samples[0].tokens)[scores[:2].argmax()])
+    np.testing.assert_array_equal(batch.kept, [True, False])
+    assert batch.metrics["rollout/accepted"] == pytest.approx(1 / ROWS)
+
+
 def test_online_dpo_pairs_the_best_with_the_worst(tables, samples):
     config = OnlineDPOConfig(group_size=GROUP)
     scores = samples[1].at[GROUP:].set(0.5)  # the second prompt's answers are all alike

@@ -257,6 +257,21 @@ def test_the_adaptive_coefficient_moves_towards_its_target(tables, table_batch, 
     assert fixed.extra["kl_coef"] == np.float32(ONE.beta)
 
 
+def test_until_the_critic_is_warm_the_policy_stands_still(tables, table_batch):
+    """Its parameters and optimiser, and the KL coefficient that would adapt; the critic learns."""
+    config = replace(ONE, critic_warmup=1, target_kl=1.0, kl_horizon=10)
+    algorithm = make(config, TABLE, DESCENT, DESCENT, 1.0)
+    state = algorithm.init(*tables, KEY)
+    step = jitted(algorithm.train_step)
+    first, _ = step(state, table_batch)
+    np.testing.assert_array_equal(first.params["policy"], state.params["policy"])
+    assert largest_difference(first.params["critic"], state.params["critic"]) > 1e-3
+    assert first.extra["kl_coef"] == state.extra["kl_coef"]
+    second, _ = step(first, table_batch)
+    assert largest_difference(second.params["policy"], state.params["policy"]) > 1e-3
+    assert second.extra["kl_coef"] != state.extra["kl_coef"]
+
+
 def test_pretraining_mix_adds_its_gradient(tables, table_batch):
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, VOCAB, (ROWS, 4)).astype(np.int32)

@@ -1,5 +1,6 @@
 """The pages that quote measured distances quote what was measured."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -33,3 +34,10 @@ def test_the_table_of_algorithms_quotes_the_benchmark():
 def test_every_row_with_bounds_is_right():
     assert [name for name, row in ROWS.items() if row["right"] is False] == []
     assert sum(row["right"] is True for row in ROWS.values()) >= 40
+
+
+def test_the_page_of_the_laboratory_has_the_measured_table():
+    spec = importlib.util.spec_from_file_location("larder_benchmark", ROOT / "benchmarks" / "larder.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "\n".join(module.table()) in (ROOT / "docs" / "lab.md").read_text(encoding="utf-8")

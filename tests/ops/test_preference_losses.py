@@ -16,6 +16,7 @@ from jrlhf.algorithms.dpo import DPOConfig
 from jrlhf.algorithms.orpo import ORPOConfig
 from jrlhf.algorithms.simpo import SimPOConfig
 from jrlhf.ops.preference_losses import (
+    DIVERGENCES,
     LINKS,
     aot_loss,
     aot_unpaired_loss,
@@ -238,3 +239,11 @@ def test_log_odds_are_those_of_the_probability_and_finite_at_its_ends():
     ends = jnp.array([0.0, -1e-9, -1e4])
     assert np.all(np.isfinite(log_odds(ends)))
     assert np.all(np.isfinite(jax.vmap(jax.grad(log_odds))(ends)))
+
+
+def test_forward_kl_is_finite_however_unlikely_an_answer_has_become():
+    ratios = jnp.array([-300.0, -90.0, 0.0, 300.0])
+    value, slope = jax.vmap(jax.value_and_grad(DIVERGENCES["forward_kl"]))(ratios)
+    assert np.all(np.isfinite(value))
+    assert np.all(np.isfinite(slope))
+    np.testing.assert_allclose(value[2:], [-1.0, 0.0], atol=1e-6)

@@ -111,13 +111,21 @@ def test_skipping_goes_on_with_the_last_sound_parameters(train):
 def test_a_skipped_step_leaves_parameters_and_optimiser_as_they_were():
     def step(state, batch):
         new = jax.tree.map(lambda p: p - batch, state.params)
-        return state._replace(step=state.step + 1, params=new, opt_state=state.opt_state + 1), {
+        extra = {"mean": state.extra["mean"] + batch}
+        return state._replace(step=state.step + 1, params=new, opt_state=state.opt_state + 1, extra=extra), {
             "train/loss": batch,
             "train/grad_norm": jnp.float32(1.0),
             "policy/ratio_max": jnp.float32(jnp.inf),
         }
 
-    state = TrainState(jnp.int32(0), {"w": jnp.ones(3)}, jnp.float32(0.0), None, jax.random.key(0))
+    state = TrainState(
+        jnp.int32(0),
+        {"w": jnp.ones(3)},
+        jnp.float32(0.0),
+        None,
+        jax.random.key(0),
+        {"mean": jnp.float32(0.0)},
+    )
     stop = LoopConfig(steps=1)
     safe = guarded(step, replace(stop, on_nonfinite="skip"))
     state, metrics = safe(state, None, jnp.float32(0.25))
@@ -128,6 +136,7 @@ def test_a_skipped_step_leaves_parameters_and_optimiser_as_they_were():
         assert metrics["train/skipped"] == 1
         assert_close(after.params, state.params, atol=0)
         assert after.opt_state == state.opt_state == 1
+        assert after.extra["mean"] == state.extra["mean"] == 0.25
         assert after.step == state.step + 1  # the data go on
 
 
