@@ -10,14 +10,13 @@ driver samples again), and answers near the length limit are punished softly (`o
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from jrlhf.ops.advantages import group_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import clipped_loss
@@ -27,6 +26,10 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class DAPOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+
     group_size: int = 8
     beta: float = 0.0
     normalise: Normalise = "token"
@@ -35,11 +38,6 @@ class DAPOConfig(OnPolicyConfig):
     clip_high: float = 0.28
     resample_rounds: int = 10
     overlong_buffer: float = 0.2  # 4,096 of 20,480 tokens in the paper
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_groups(self)
-        check_clip(self, "clip_low", "clip_high")
 
 
 def make_dapo(

@@ -10,14 +10,13 @@ reward, and the optimum is that of E[r] - beta·KL(π‖ref).
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from jrlhf.ops.advantages import group_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import clipped_loss
@@ -27,15 +26,14 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class DrGRPOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+
     group_size: int = 8
     beta: float = 0.0
     normalise: Normalise = "constant"
     clip: float = 0.2
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_groups(self)
-        check_clip(self, "clip")
 
 
 def make_dr_grpo(

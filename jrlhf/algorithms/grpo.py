@@ -10,7 +10,7 @@ own tokens, and k3 in the loss (whose gradient is that of the forward KL) all mo
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
@@ -20,8 +20,6 @@ from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import clipped_loss
@@ -31,17 +29,16 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class GRPOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+
     group_size: int = 8
     beta: float = 0.04
     kl: KL = "k3"
     normalise: Normalise = "sequence"
     clip: float = 0.2
     scale: Literal["group", "batch", "none"] = "group"  # whose standard deviation advantages are divided by
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_groups(self)
-        check_clip(self, "clip")
 
 
 def make_grpo(

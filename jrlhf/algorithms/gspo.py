@@ -9,15 +9,13 @@ An answer is clipped as a whole, by the geometric mean of its tokens' ratios; he
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from jrlhf.ops.advantages import group_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
-    check_whole_answers,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import gspo_loss
@@ -27,18 +25,17 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class GSPOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+    whole_answers: ClassVar[bool] = True
+
     group_size: int = 8
     beta: float = 0.0
     normalise: Normalise = "sequence"
     minibatches: int = 4
     clip_low: float = 3e-4
     clip_high: float = 4e-4
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_groups(self)
-        check_clip(self, "clip_low", "clip_high")
-        check_whole_answers(self)
 
 
 def make_gspo(

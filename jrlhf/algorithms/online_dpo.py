@@ -22,7 +22,6 @@ from jrlhf.ops.on_policy import (
     LanguageModel,
     OnPolicyConfig,
     PolicyBatch,
-    check_groups,
     initial_extra,
     next_extra,
     policy_of,
@@ -37,6 +36,10 @@ from jrlhf.types import Algorithm, TrainState
 
 @dataclass(frozen=True)
 class OnlineDPOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+
     implicit_kl: ClassVar[bool] = True
 
     group_size: int = 2
@@ -47,7 +50,6 @@ class OnlineDPOConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_groups(self)
         if self.beta <= 0:
             raise UserError(f"beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

@@ -59,11 +59,9 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("clip", "value_clip", "value_coef", "critic_warmup", "ptx_coef"):
-            value = getattr(self, name)
-            if value < 0 or (name == "clip" and value == 0):
-                rule = "positive" if name == "clip" else "zero or more"
-                raise UserError(f"{name} must be {rule}, got {value}")
+        for name in ("value_clip", "value_coef", "critic_warmup", "ptx_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be zero or more, got {getattr(self, name)}")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")

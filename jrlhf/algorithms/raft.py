@@ -25,7 +25,6 @@ from jrlhf.ops.on_policy import (
     LanguageModel,
     OnPolicyConfig,
     PolicyBatch,
-    check_groups,
     policy_gradient,
     take_rows,
 )
@@ -36,6 +35,8 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class RAFTConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
     group_size: int = 8
     beta: float = 0.0
     accept: Literal["best", "above"] = "best"
@@ -57,7 +58,10 @@ class RAFTConfig(OnPolicyConfig):
                 "importance_cap corrects samples of the policy; with samples 'reference' leave it 0"
             )
         if self.accept == "best":
-            check_groups(self)
+            if self.group_size < 2:
+                raise UserError(
+                    f"group_size must be at least 2 where the best is accepted, got {self.group_size}"
+                )
             if self.threshold != 1.0:
                 raise UserError("threshold is only read where accept is 'above'")
 

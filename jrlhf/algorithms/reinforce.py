@@ -20,6 +20,8 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class REINFORCEConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
     beta: float = 0.05
     normalise: Normalise = "sum"
     baseline: Literal["batch", "none"] = "batch"

@@ -14,14 +14,13 @@ from functools import partial
 
 import jax.numpy as jnp
 
+from jrlhf.config import UserError
 from jrlhf.ops.advantages import reward_to_go
 from jrlhf.ops.masking import masked_whiten
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import clipped_loss
@@ -31,6 +30,8 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class REINFORCEPlusPlusConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
     beta: float = 0.01
     normalise: Normalise = "token"
     minibatches: int = 4
@@ -39,9 +40,8 @@ class REINFORCEPlusPlusConfig(OnPolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_clip(self, "clip")
-        if self.group_baseline:
-            check_groups(self)
+        if self.group_baseline and self.group_size < 2:
+            raise UserError(f"group_size must be at least 2 with group_baseline, got {self.group_size}")
 
 
 def make_reinforce_plus_plus(

@@ -19,6 +19,8 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class ReMaxConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
     greedy_baseline: ClassVar[bool] = True
 
     beta: float = 0.05

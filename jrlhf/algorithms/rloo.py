@@ -9,15 +9,13 @@ clip matters from the second minibatch on. The optimum is that of E[r] - beta·K
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from jrlhf.ops.advantages import rloo_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
     OnPolicyConfig,
-    check_clip,
-    check_groups,
-    check_whole_answers,
     policy_gradient,
 )
 from jrlhf.ops.policy_losses import sequence_clipped_loss
@@ -27,16 +25,15 @@ from jrlhf.types import Algorithm
 
 @dataclass(frozen=True)
 class RLOOConfig(OnPolicyConfig):
+    """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    grouped: ClassVar[bool] = True
+    whole_answers: ClassVar[bool] = True
+
     group_size: int = 4
     beta: float = 0.05
     normalise: Normalise = "sequence"
     clip: float = 0.2
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_groups(self)
-        check_clip(self, "clip")
-        check_whole_answers(self)
 
 
 def make_rloo(

@@ -41,6 +41,8 @@ class OnPolicyConfig:
     abstract: ClassVar[bool] = True
     greedy_baseline: ClassVar[bool] = False  # make_batch also wants the scores of greedy answers
     implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
+    grouped: ClassVar[bool] = False  # an answer is compared with others to the same prompt
+    whole_answers: ClassVar[bool] = False  # the loss is one of whole answers, each of which counts once
 
     _: KW_ONLY
 
@@ -109,6 +111,13 @@ class OnPolicyConfig:
             )
         if not 0 < self.ref_mixup <= 1:
             raise UserError(f"ref_mixup must be in (0, 1], got {self.ref_mixup}")
+        for name in ("clip", "clip_low", "clip_high"):
+            if getattr(self, name, 1.0) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.grouped and self.group_size < 2:
+            raise UserError(f"group_size must be at least 2 in {type(self).__name__}, got {self.group_size}")
+        if self.whole_answers and self.normalise != "sequence":
+            raise UserError(f"normalise must be 'sequence' in {type(self).__name__}, got {self.normalise!r}")
         of_class = {f.name: f.default for f in fields(self)}
         if not self.beta and self.kl != of_class["kl"]:
             raise UserError(f"kl {self.kl!r} has no weight: beta is 0")
@@ -135,23 +144,6 @@ class OnPolicyConfig:
     def parts(self) -> int:
         """Pieces in which a batch goes through the model."""
         return self.minibatches * self.microbatches
-
-
-def check_groups(config: OnPolicyConfig, least: int = 2) -> None:
-    if config.group_size < least:
-        raise UserError(f"group_size must be at least {least} here, got {config.group_size}")
-
-
-def check_clip(config: OnPolicyConfig, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} must be positive, got {getattr(config, name)}")
-
-
-def check_whole_answers(config: OnPolicyConfig) -> None:
-    """The loss is one of whole answers, each of which counts once."""
-    if config.normalise != "sequence":
-        raise UserError(f"normalise must be 'sequence' in {type(config).__name__}, got {config.normalise!r}")
 
 
 class LanguageModel(Protocol):
