@@ -77,7 +77,7 @@ def critic_free(algorithm: OnPolicyConfig) -> OnPolicy:
         algorithm=algorithm,
         sampling=answers,
         optim=OptimConfig(lr=5e-4, eps=1e-5, schedule="cosine", warmup_steps=20),
-        loop=LoopConfig(steps=150, batch_size=128),
+        loop=LoopConfig(steps=300, batch_size=128),
     )
 
 
