@@ -214,7 +214,7 @@ def training(folder: Path) -> dict[str, list[float]]:
     gold_is_the_reward = names["gold"] not in rows[0]
     if gold_is_the_reward:
         names["gold"] = names["proxy"]
-    return {name: [row[metric] for row in rows] for name, metric in names.items()}
+    return {name: [round(row[metric], 5) for row in rows] for name, metric in names.items()}
 
 
 def result(folder: Path, name: str) -> Any:

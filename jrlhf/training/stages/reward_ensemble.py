@@ -25,7 +25,7 @@ class RewardEnsemble(Stage):
 
     members: tuple[str, ...] = stage_ref(artifact=REWARD_MODEL)
     combine: Combine = "mean"
-    lam: float = 0.0  # of mean_minus_variance; a RewardModel's rewards have std 1 over the training answers
+    lam: float = 0.0  # of mean_minus_variance; RewardModels score with std 1 over the training answers, other members as they like
 
     def validate(self, stages):
         if not self.members:
@@ -42,11 +42,6 @@ class RewardEnsemble(Stage):
                     raise UserError(
                         f"members: {other!r} and {name!r} are the same model; give each another `member` (0, 1, ...)"
                     )
-        kinds = {type(stages[name]).__name__ for name in self.members}
-        if len(kinds) > 1:
-            raise UserError(
-                f"members: {' and '.join(sorted(kinds))} do not score on one scale; take members of one kind"
-            )
         only = stages[self.members[0]]
         if len(self.members) == 1 and isinstance(only, RewardModel) and only.algorithm.heads == 1:
             raise UserError(
