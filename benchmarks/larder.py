@@ -375,7 +375,7 @@ def plot_b5(ax, data: dict) -> None:
     ax.set(
         xlabel="√KL to SFT (nats)",
         ylabel="gold reward",
-        title="One reward model, one beta: gold along training",
+        title="One beta: gold along training",
     )
     ax.legend(frameon=False)
 

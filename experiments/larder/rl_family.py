@@ -8,6 +8,7 @@ Hardware   two CPU cores, 2 GiB of memory
 Time       about 30 minutes with five seeds
 Expected   RLOO's KL within 15% of PPO's and gold within 0.15; both keep at least 90% of their own peak; GRPO's KL at
            least 1.5 times theirs
+Measured   five seeds: gold 1.19 PPO, 1.21 RLOO, 1.20 Dr. GRPO at KL 1.9, 1.9 and 1.7; GRPO 0.69 at KL 7.3 (SFT 0.56)
 """
 
 from dataclasses import replace
