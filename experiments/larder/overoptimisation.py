@@ -1,5 +1,4 @@
-"""B4: PPO without a KL penalty against a learned reward: gold rises, then falls, while the reward model goes on
-praising.
+"""B4: PPO without a KL penalty against a learned reward: gold rises and falls, the reward model goes on praising.
 
 Goodhart's law with a known truth (Gao et al. 2022): R(d) = d(a - b log d), with d the square root of the KL to SFT.
 
@@ -7,9 +6,8 @@ Command    jrlhf run experiments/larder/overoptimisation.py --seeds 0 1 2 3 4 --
 Hardware   two CPU cores, 3 GiB of memory
 Time       about 8 minutes with five seeds
 Expected   gold rises to at least 1.8 times that of SFT before KL 3 and falls to at most half of its peak by KL 12,
-the learned
-           reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d)
-Measured   five seeds: 1.86 times SFT, then 0.47 of the peak at KL 12; R² 0.90, hardly better than the other (docs/lab.md)
+           the learned reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d)
+Measured   five seeds: 1.86 times SFT, then 0.47 of the peak at KL 12; R² 0.90, near the other (docs/lab.md)
 """
 
 from ppo_vs_dpo import answers
