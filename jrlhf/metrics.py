@@ -45,7 +45,9 @@ NAMES: dict[str, Name] = {
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
     "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
     "reward/frac_zero_std_groups": Name("fraction", "prompts whose answers all have the same score"),
-    "reward/sampled/mean": Name("reward", "score of all sampled answers, where dynamic sampling keeps some: mean"),
+    "reward/sampled/mean": Name(
+        "reward", "score of all sampled answers, where dynamic sampling keeps some: mean"
+    ),
     "reward/greedy/mean": Name("reward", "score of the greedy answers that are the baseline (ReMax): mean"),
     "kl/ref_k1": Name("nats", "KL(policy || reference) per response, estimator k1 = -log r, summed"),
     "kl/ref_k3": Name("nats", "the same by k3 = r - 1 - log r: never negative, less noise"),
@@ -73,7 +75,9 @@ NAMES: dict[str, Name] = {
     "rollout/trunc_rate": Name("fraction", "responses cut off at the length limit"),
     "rollout/repeat_rate": Name("fraction", "four-token windows seen before in the same response"),
     "rollout/rounds": Name("rounds", "of sampling that filled this batch (dynamic sampling)"),
-    "rollout/informative": Name("fraction", "sampled answers in groups whose scores differ (dynamic sampling)"),
+    "rollout/informative": Name(
+        "fraction", "sampled answers in groups whose scores differ (dynamic sampling)"
+    ),
     "rollout/accepted": Name("fraction", "answers that are learned from (expert iteration)"),
     "mismatch/kl": Name("nats", "KL(sampler || trainer) per token, on the sampled tokens"),
     "mismatch/logp_diff_max": Name("nats", "largest |sampler - trainer| log-probability of a token"),
@@ -87,17 +91,29 @@ NAMES: dict[str, Name] = {
     "pref/label_acc": Name(
         "fraction", "labelled answers whose implicit reward is on their label's side of pref/shift"
     ),
-    "pref/shift": Name("reward", "implicit reward that labelled answers are compared with (KTO: β·z0, BCO: δ)"),
+    "pref/shift": Name(
+        "reward", "implicit reward that labelled answers are compared with (KTO: β·z0, BCO: δ)"
+    ),
     "pref/reward_desirable": Name("reward", "implicit reward of desirable answers, mean; 0 without any"),
     "pref/reward_undesirable": Name("reward", "the same of undesirable answers"),
     "pref/desirable_frac": Name("fraction", "answers of the batch that are labelled desirable"),
     "distill/on_policy": Name("", "1 where the step learned from the student's own samples"),
-    "rm/loss": Name("nats", "reward model's loss per prompt (of a process reward model: per step), mean over heads"),
-    "rm/acc": Name("fraction", "pairs that the reward model orders as labelled; ties that are learned count half"),
+    "rm/loss": Name(
+        "nats", "reward model's loss per prompt (of a process reward model: per step), mean over heads"
+    ),
+    "rm/acc": Name(
+        "fraction", "pairs that the reward model orders as labelled; ties that are learned count half"
+    ),
     "rm/margin": Name("reward", "score of the better answer minus the worse, mean over pairs"),
-    "rm/disagreement": Name("reward", "std over an ensemble's heads of a pair's score difference, mean over pairs"),
-    "rm/tie_parameter": Name("", "of Rao-Kupper (threshold, above 1) or Davidson (factor) in the likelihood of ties"),
-    "rm/step_acc": Name("fraction", "labelled steps that a process reward model calls right or wrong as labelled"),
+    "rm/disagreement": Name(
+        "reward", "std over an ensemble's heads of a pair's score difference, mean over pairs"
+    ),
+    "rm/tie_parameter": Name(
+        "", "of Rao-Kupper (threshold, above 1) or Davidson (factor) in the likelihood of ties"
+    ),
+    "rm/step_acc": Name(
+        "fraction", "labelled steps that a process reward model calls right or wrong as labelled"
+    ),
     "rm/ece": Name("fraction", "expected calibration error of the predicted preference"),
     "eval/<name>/mean": Name("", "an evaluated quantity (gold, win_rate, length, …): mean over prompts"),
     "eval/<name>/ci_low": Name("", "lower end of its 95% confidence interval"),

@@ -25,7 +25,9 @@ class RewardEnsemble(Stage):
 
     members: tuple[str, ...] = stage_ref(artifact=REWARD_MODEL)
     combine: Combine = "mean"
-    lam: float = 0.0  # of mean_minus_variance; the scores of RewardModels have std 1 over the training answers
+    lam: float = (
+        0.0  # of mean_minus_variance; the scores of RewardModels have std 1 over the training answers
+    )
 
     def validate(self, stages):
         if not self.members:
