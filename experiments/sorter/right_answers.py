@@ -15,7 +15,7 @@ Measured   one seed, 256 prompts x 8 answers:
            PPO       0.91 [0.89, 0.92]    1.00      50%          0.82   80 steps
            RLOO      0.96 [0.94, 0.97]    1.00      77%          0.94   300 steps
            GRPO      0.95 [0.93, 0.96]    1.00      74%          0.85   300 steps
-           DAPO      0.98 [0.96, 0.99]    1.00      88%          0.85   300 steps, about twice the samples
+           DAPO      0.98 [0.96, 0.99]    1.00      88%          0.85   300 steps, 2.8 times the samples
 
            Nobody sorts nine or ten digits (pass@8 0): the model does not generalise to lengths it never saw, but PPO
            gets further before its first wrong step (0.57 of the steps, SFT 0.36).
