@@ -22,8 +22,8 @@ from jrlhf.ops.on_policy import (
     LanguageModel,
     OnPolicyConfig,
     PolicyBatch,
-    initial_extra,
     next_extra,
+    policy_init,
     policy_of,
     reference_params,
     run_updates,
@@ -69,11 +69,6 @@ def make_online_dpo(
     config: OnlineDPOConfig, model: LanguageModel, optimizer: Optimizer, temperature: float = 1.0
 ) -> Algorithm:
     policy = policy_of(model)
-
-    def init(params, ref_params, key) -> TrainState:
-        extra, ref_params = initial_extra(config, params, ref_params)
-        params = {"policy": params}
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, key, extra)
 
     def make_batch(state: TrainState, rollout, scores_B) -> PolicyBatch:
         """Rows [M, 2, ...]: the best and the worst answer to each prompt. `kept` [M, 2]: whether they differ."""
@@ -126,11 +121,11 @@ def make_online_dpo(
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 
-        (params, opt_state), metrics, _ = run_updates(config, update, state, batch._replace(metrics=None))
+        (params, opt_state), metrics = run_updates(config, update, state, batch._replace(metrics=None))
         metrics |= batch.metrics | {"pref/ordered": jnp.mean(batch.kept[:, 0], dtype=jnp.float32)}
         metrics["policy/lr"] = optimizer.learning_rate(state.step * config.epochs * config.minibatches)
         rows = batch.tokens.shape[0] * config.group_size
         extra = next_extra(config, state, params["policy"], metrics, rows)
         return TrainState(state.step + 1, params, opt_state, state.ref_params, state.key, extra), metrics
 
-    return Algorithm(init, make_batch, train_step)
+    return Algorithm(policy_init(config, optimizer), make_batch, train_step)

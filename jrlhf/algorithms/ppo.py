@@ -204,7 +204,7 @@ def make_ppo(
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
         warm = state.step >= config.critic_warmup
         one = lambda learned, rows: update(learned, rows, frozen, kl_coef, warm)  # noqa: E731
-        (params, opt_state), metrics, _ = run_updates(config, one, state, batch._replace(metrics=None))
+        (params, opt_state), metrics = run_updates(config, one, state, batch._replace(metrics=None))
         metrics |= batch.metrics
         updates = state.step * config.epochs * config.minibatches
         metrics["policy/lr"] = policy_optimizer.learning_rate(updates)

@@ -219,6 +219,17 @@ def initial_extra(config: OnPolicyConfig, policy_params: Params, ref_params: Par
     return extra | {"reference": ref_params}, None
 
 
+def policy_init(config: OnPolicyConfig, optimizer: Any) -> Callable[[Params, Params, jax.Array], TrainState]:
+    """`init(params, ref_params, key)` of an algorithm whose only parameters are the policy's."""
+
+    def init(params: Params, ref_params: Params, key: jax.Array) -> TrainState:
+        extra, ref_params = initial_extra(config, params, ref_params)
+        params = {"policy": params}
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, key, extra)
+
+    return init
+
+
 def shaped_scores(config: OnPolicyConfig, rollout: Rollout, scores: jax.Array) -> jax.Array:
     """Scores [B] clipped, less penalties for never ending and for length."""
     response = rollout.response_mask
@@ -415,10 +426,8 @@ def kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temp
     return jnp.sum(estimate * share)
 
 
-def run_updates(
-    config: OnPolicyConfig, update: Callable, state: TrainState, batch: Any
-) -> tuple[Any, dict, jax.Array]:
-    """All epochs and minibatches of one iteration in a scan: (params and optimiser state, metrics, updates done).
+def run_updates(config: OnPolicyConfig, update: Callable, state: TrainState, batch: Any) -> tuple[Any, dict]:
+    """All epochs and minibatches of one iteration in a scan: (params and optimiser state, metrics).
 
     `update((params, opt_state), rows) -> ((params, opt_state), sums, maxima)`. Every epoch has its own order of rows.
     """
@@ -444,7 +453,7 @@ def run_updates(
     filled = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)  # noqa: E731
     start = (learned, filled(sums, 0.0), filled(maxima, -jnp.inf), jnp.float32(0.0), jnp.bool_(False))
     (learned, sums, maxima, done, _), _ = jax.lax.scan(step, start, order)
-    return learned, jax.tree.map(lambda x: x / done, sums) | maxima | {"policy/updates": done}, done
+    return learned, jax.tree.map(lambda x: x / done, sums) | maxima | {"policy/updates": done}
 
 
 def next_extra(
@@ -486,11 +495,6 @@ def policy_gradient(
     """
     policy = policy_of(model)
 
-    def init(params, ref_params, key) -> TrainState:
-        extra, ref_params = initial_extra(config, params, ref_params)
-        params = {"policy": params}
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ref_params, key, extra)
-
     def make_batch(state: TrainState, rollout: Rollout, scores: jax.Array, greedy: jax.Array | None = None):
         batch = score_rollout(config, policy, state, rollout, scores, temperature)
         return with_advantages(batch, advantages(batch.rewards, batch.response_mask, greedy))
@@ -514,13 +518,13 @@ def policy_gradient(
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 
-        (params, opt_state), metrics, _ = run_updates(config, update, state, batch._replace(metrics=None))
+        (params, opt_state), metrics = run_updates(config, update, state, batch._replace(metrics=None))
         metrics |= batch.metrics
         metrics["policy/lr"] = optimizer.learning_rate(state.step * config.epochs * config.minibatches)
         extra = next_extra(config, state, params["policy"], metrics, batch.tokens.shape[0])
         return TrainState(state.step + 1, params, opt_state, state.ref_params, state.key, extra), metrics
 
-    return Algorithm(init, make_batch, train_step)
+    return Algorithm(policy_init(config, optimizer), make_batch, train_step)
 
 
 def take_rows(batch: PolicyBatch, index: Array) -> PolicyBatch:
