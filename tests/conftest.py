@@ -1,5 +1,6 @@
 """Strict numerics for every test: no silent promotion, no ignored warning, several devices."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Forget compiled programs once there are many: each holds several memory maps, of which Linux allows a process
+    65,530. Beyond that the next compilation ends in a segmentation fault."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
