@@ -42,6 +42,8 @@ NAMES: dict[str, Name] = {
     "reward/total/std": Name("reward", "standard deviation of the same over the batch"),
     "reward/<name>/mean": Name("reward", "one reward by itself (score: all combined, no KL penalty): mean"),
     "reward/<name>/std": Name("reward", "standard deviation of the same over the batch"),
+    "reward/<name>/fail_rate": Name("fraction", "answers that the reward could not score"),
+    "reward/<name>/timeout_rate": Name("fraction", "answers that the reward had no time to score"),
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
     "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
     "reward/frac_zero_std_groups": Name("fraction", "prompts whose answers all have the same score"),

@@ -71,7 +71,11 @@ class PreferenceBatch(NamedTuple):
     ranks: Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
     margins: Array  # [B, K] float32 scores whose differences are margins; zeros when there are none
     criteria: Any = ()  # [B, K, C] float32 scores by criterion, NaN where a row has none; () where not asked for
-    weights: Any = ()  # [B, n] float32: how often each of n bootstrap resamples holds the prompt; () is once
+    # [B, n] float32: how much the prompt counts for each of n heads, or with n = 1 for all of them; () is once
+    weights: Any = ()
+    # [B] float32: of two answers, how surely the better is the better, from 1/2 (a tie) to 1; () is 1
+    certainty: Any = ()
+    raters: Any = ()  # [B] int32: who ranked them, as a number; () where not asked for
 
 
 class PairBatch(NamedTuple):
@@ -81,6 +85,8 @@ class PairBatch(NamedTuple):
     mask: Array  # [B, 2, T] bool, a real token
     response_mask: Array  # [B, 2, T] bool, a token of the answer
     ref_logprobs: Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
+    weights: Any = ()  # [B] float32: how much each pair counts; () is once
+    certainty: Any = ()  # [B] float32: that the chosen answer is the better, from 1/2 (a tie) to 1; () is 1
 
 
 class AnswerBatch(NamedTuple):
@@ -164,6 +170,9 @@ class PreferenceRow(_PreferenceRequired, total=False):
     labeler: str
     tools: list[dict]
     ended: list[bool]  # whether each answer ended by itself, rather than by its length
+    weight: float  # how much the row counts, 1 if it does not say
+    # of two answers: that the first is preferred. `ranks` are its rounding: [1, 2], [2, 1], or at one half a tie
+    probability: float
 
 
 class PromptRow(TypedDict, total=False):
@@ -172,8 +181,23 @@ class PromptRow(TypedDict, total=False):
     answer: str
 
 
-# A reward is one function. `rows` are the prompts' full rows (an answer to verify, a gold fact, ...).
-RewardFn = Callable[[list[str], list[str], list[dict]], np.ndarray]  # -> [N] float32
+class Scores(NamedTuple):
+    """What a reward says of N answers. A function may return plain numbers instead, which are `values`."""
+
+    values: Array  # [N] float32
+    parts: Mapping[str, Array] = {}
+    failed: Array | None = None  # [N] bool: could not be scored; the value is what the config says
+    timed_out: Array | None = None  # [N] bool: the same, for want of time (not counted in `failed`)
+    tokens: Array | None = (
+        None  # [N, R] float32: what single tokens earn, beside the values (step-wise rewards)
+    )
+
+
+# A reward is one function, which may be `async`. `rows` are the prompts' full rows (an answer to verify, a gold
+# fact, ...), with `ended`: whether the completion ended by a stop token.
+RewardFn = Callable[
+    [list[str], list[str], list[dict]], Any
+]  # -> [N] float32, or Scores, or an awaitable of them
 
 
 @dataclass(frozen=True)

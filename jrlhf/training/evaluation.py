@@ -18,7 +18,7 @@ from jrlhf.rollout.rollout import pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
 from jrlhf.sharding import fetch, leads, put_batch
 from jrlhf.training.data import chunk_rows, in_chunks
-from jrlhf.training.rewards import Reward, Texts, read_texts
+from jrlhf.training.rewards import Reward, Texts, on_host_scores, read_texts
 from jrlhf.types import Params, Rollout
 
 
@@ -90,9 +90,7 @@ def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.nda
 
 def score(reward: Reward, samples: Rollout, texts: Texts, mesh: Mesh) -> np.ndarray:
     """One reward of every sampled response, [N]."""
-    if reward.needs_text:
-        return np.asarray(reward.score(samples, texts))
-    return in_rows(lambda rows: reward.score(rows, None), samples, mesh)
+    return np.asarray(on_host_scores(reward, samples, texts, mesh).values)
 
 
 class Probe:

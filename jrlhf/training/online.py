@@ -19,15 +19,15 @@ from jrlhf.sharding import check_batch, fetch, put_batch
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
-from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate
-from jrlhf.types import Algorithm, Rollout, TrainState
+from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate, score_metrics
+from jrlhf.types import Algorithm, Rollout, Scores, TrainState
 
 
 class Scored(NamedTuple):
     """Answers and their rewards; texts only where a program reads them."""
 
     samples: Rollout
-    scores: Any  # [B]
+    scores: Scores  # of B answers
     texts: Texts | None
 
 
@@ -102,16 +102,16 @@ def train_online(
             scored, used, extra = answers(state, rounds, sampler, dispatched), 1, {}
         samples, scores, texts = scored
         rolled = time.perf_counter()
-        extra |= watched(samples, texts, scores, watch)
+        extra |= score_metrics(reward.name, scores) | watched(samples, texts, scores.values, watch)
         # 2. What else the algorithm wants.
         more = (text_feed(n),) if text_feed is not None else ()
         if greedy is not None:
             baseline = answers(state, rounds, greedy, dispatched)
-            extra["reward/greedy/mean"] = jnp.mean(baseline.scores)
-            more = (shaped(baseline.samples, baseline.scores),)
+            extra["reward/greedy/mean"] = jnp.mean(baseline.scores.values)
+            more = (shaped(baseline.samples, baseline.scores.values),)
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
-        batch = make_batch(state._replace(ref_params=frozen), samples, scores, *more)
+        batch = make_batch(state._replace(ref_params=frozen), samples, scores.values, *more)
         state, metrics = step(state, frozen, batch)
         if texts is not None:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
@@ -147,9 +147,9 @@ def resampled(
     for used in range(1, config.resample_rounds + 1):
         samples, scores, texts = draw(first + used - 1)
         samples, scores = fetch((samples, scores))
-        groups = scores.reshape(-1, config.group_size)
+        groups = scores.values.reshape(-1, config.group_size)
         differ = np.repeat(groups.max(axis=1) > groups.min(axis=1), config.group_size)
-        means.append(float(np.mean(scores)))
+        means.append(float(np.mean(scores.values)))
         for kept, into in ((differ, useful), (~differ, useless)):
             into.append(take_scored(Scored(samples, scores, texts), np.flatnonzero(kept)))
         seen += int(differ.sum())
@@ -169,22 +169,25 @@ def take_scored(scored: Scored, index: np.ndarray) -> Scored:
     texts = None
     if scored.texts is not None:
         texts = Texts._make([part[i] for i in index] for part in scored.texts)
-    return Scored(jax.tree.map(lambda x: x[index], scored.samples), scored.scores[index], texts)
+    take = lambda x: x[index]  # noqa: E731
+    return Scored(jax.tree.map(take, scored.samples), jax.tree.map(take, scored.scores), texts)
 
 
 def joined(parts: list[Scored]) -> Scored:
-    samples = jax.tree.map(lambda *x: np.concatenate(x), *[p.samples for p in parts])
+    together = lambda *x: jax.tree.map(lambda *leaves: np.concatenate(leaves), *x)  # noqa: E731
     texts = [p.texts for p in parts if p.texts is not None]
     whole = lambda column: [x for part in texts for x in getattr(part, column)]  # noqa: E731
     merged = Texts._make(map(whole, Texts._fields)) if texts else None
-    return Scored(samples, np.concatenate([p.scores for p in parts]), merged)
+    return Scored(together(*[p.samples for p in parts]), together(*[p.scores for p in parts]), merged)
 
 
 def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:
     """Rewards that are logged and not learned from, and what only text can tell."""
-    metrics = {}
+    metrics: dict[str, Any] = {}
     for reward in watch:
-        values = np.asarray(fetch(reward.score(samples, texts)))
+        said = fetch(reward.score(samples, texts))
+        values = np.asarray(said.values)
+        metrics |= score_metrics(reward.name, said)
         metrics[f"reward/{reward.name}/mean"] = float(np.mean(values))
         metrics[f"reward/{reward.name}/std"] = float(np.std(values))
     if watch:

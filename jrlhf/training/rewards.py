@@ -1,7 +1,10 @@
-"""A reward by name: a program, or what a finished stage left (a reward model, an ensemble, a judge), behind one
+"""A reward by name: a program, or what a finished stage left (a reward model, an ensemble, a judge, a mix), behind one
 interface."""
 
-from collections.abc import Callable
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ from jrlhf.data.chat import prompt_text
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.models.transformer import Model
+from jrlhf.ops.mixing import Mixing, mix_scores
 from jrlhf.ops.reward_losses import Combine, combine_scores
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
 from jrlhf.rollout.rollout import response_ids
@@ -24,10 +28,10 @@ from jrlhf.sharding import fetch
 from jrlhf.training.artifacts import Loaded, has_model, load_adapter, load_model, model_meta
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.judging import ProcessReward, judge_of
-from jrlhf.types import Params, RewardFn, Rollout
+from jrlhf.types import Params, RewardFn, Rollout, Scores
 
 # What stages leave that have no model of their own; they name the folders beside their own whose models they use.
-ENSEMBLE, JUDGE = "ensemble.json", "judge.json"
+ENSEMBLE, JUDGE, MIX = "ensemble.json", "judge.json", "mix.json"
 
 # Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
 # in `jrlhf/rewards/__init__.py`.
@@ -49,7 +53,8 @@ class Texts(NamedTuple):
 class Reward(NamedTuple):
     name: str
     needs_text: bool
-    score: Callable[[Rollout, Texts | None], Any]  # -> [B] float32
+    score: Callable[[Rollout, Texts | None], Scores]
+    on_host: bool = False  # it touches no device: several of these may be asked at once, in threads
 
 
 def program_reward(name: str, field: str = "reward") -> RewardFn:
@@ -76,22 +81,57 @@ def make_reward(
     """
     if name in parents:
         return stage_reward(name, parents[name], mesh, tokenizer, base)
-    return text_reward(name, program_reward(name))
+    return text_reward(name, program_reward(name), on_host=True)
 
 
-def text_reward(name: str, function: RewardFn) -> Reward:
-    def score(rollout: Rollout, texts: Texts | None) -> np.ndarray:
+def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
         if texts is None:
             raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
-        values = np.asarray(function(texts.prompts, texts.completions, texts.rows), np.float32)
-        if values.shape != (len(texts.prompts),) or not np.isfinite(values).all():
-            raise UserError(
-                f"reward {name!r} returned shape {values.shape} with {np.sum(~np.isfinite(values))} values that are "
-                f"not finite; expected {len(texts.prompts)} finite numbers"
-            )
-        return values
+        said = function(texts.prompts, texts.completions, texts.rows)
+        if inspect.isawaitable(said):
+            said = asyncio.run(_result(said))
+        return checked(name, said if isinstance(said, Scores) else Scores(said), len(texts.prompts))
 
-    return Reward(name, True, score)
+    return Reward(name, True, score, on_host)
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def checked(name: str, scores: Scores, n: int) -> Scores:
+    """`scores` of `n` answers as arrays; UserError unless there is one finite number for each."""
+    values = _numbers(f"reward {name!r}", scores.values, n)
+    parts = {p: _numbers(f"part {p!r} of reward {name!r}", v, n) for p, v in scores.parts.items()}
+    flags = {"failed": scores.failed, "timed_out": scores.timed_out}
+    said = {what: np.asarray(flag, bool) for what, flag in flags.items() if flag is not None}
+    for what, flag in said.items():
+        if flag.shape != (n,):
+            raise UserError(f"reward {name!r}: {what!r} has shape {flag.shape}; expected {n} bools")
+    return scores._replace(values=values, parts=parts, **said)
+
+
+def _numbers(what: str, given: Any, n: int) -> np.ndarray:
+    values = np.asarray(given, np.float32)
+    if values.shape != (n,) or not np.isfinite(values).all():
+        raise UserError(
+            f"{what} returned shape {values.shape} with {np.sum(~np.isfinite(values))} values that are "
+            f"not finite; expected {n} finite numbers"
+        )
+    return values
+
+
+def score_metrics(name: str, scores: Scores) -> dict[str, Any]:
+    """What is logged of a reward: its parts, and how often it had nothing to say."""
+    metrics: dict[str, Any] = {}
+    for part, values in scores.parts.items():
+        metrics[f"reward/{part}/mean"], metrics[f"reward/{part}/std"] = jnp.mean(values), jnp.std(values)
+    if scores.failed is not None:
+        metrics[f"reward/{name}/fail_rate"] = jnp.mean(scores.failed, dtype=jnp.float32)
+    if scores.timed_out is not None:
+        metrics[f"reward/{name}/timeout_rate"] = jnp.mean(scores.timed_out, dtype=jnp.float32)
+    return metrics
 
 
 def stage_reward(
@@ -100,6 +140,8 @@ def stage_reward(
     """The reward of a finished stage, by what it left: an ensemble's or judge's note, or a reward model."""
     if (folder / ENSEMBLE).is_file():
         return ensemble_reward(name, folder, mesh, tokenizer, base)
+    if (folder / MIX).is_file():
+        return mixed_reward(name, folder, mesh, tokenizer, base)
     if (folder / JUDGE).is_file():
         noted = read_json(folder / JUDGE)
         return text_reward(
@@ -108,7 +150,7 @@ def stage_reward(
     if "process" in model_meta(folder, "scalar"):
         return text_reward(name, process_reward(name, folder, mesh))
     model, params = _learned(name, folder, mesh, tokenizer, base)
-    scores = lambda rollout, texts: jitted_scores(model, params, rollout.tokens, rollout.mask)  # noqa: E731
+    scores = lambda rollout, texts: Scores(jitted_scores(model, params, rollout.tokens, rollout.mask))  # noqa: E731
     return Reward(name, False, scores)
 
 
@@ -141,32 +183,115 @@ def ensemble_reward(
     noted = read_json(folder / ENSEMBLE)
     how, lam = noted["combine"], noted["lam"]
     members = [_member(name, folder.parent / m, mesh, tokenizer, base) for m in noted["members"]]
-    needs_text = any(m.needs_text for m in members)
 
-    def score(rollout: Rollout, texts: Texts | None) -> Any:
-        if needs_text and isinstance(rollout.tokens, jax.Array):  # the host waits anyhow
-            rollout = fetch(rollout)
-        return combined(how, lam, tuple(_of_member(m, rollout, texts, needs_text, mesh) for m in members))
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        said = scores_of(members, rollout, texts, mesh)
+        # Rows of an array of several heads come first everywhere else, so that they are last here.
+        every = tuple(s.values[None] if s.values.ndim == 1 else s.values.T for s in said)
+        return Scores(combined(how, lam, every))
 
-    return Reward(name, needs_text, score)
+    return Reward(name, any(m.needs_text for m in members), score)
 
 
 def _member(name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base) -> Reward:
-    """As a reward of [n, B], n the number of its heads."""
+    """A model of several heads gives `values` of [B, n]."""
     if has_model(folder) and is_head_ensemble(model_meta(folder, "scalar")):
         model, params = _learned(name, folder, mesh, tokenizer, base, every_head=True)
-        heads = lambda rollout, texts: jitted_head_scores(model, params, rollout.tokens, rollout.mask)  # noqa: E731
+        heads = lambda rollout, texts: Scores(  # noqa: E731
+            jitted_head_scores(model, params, rollout.tokens, rollout.mask)
+        )
         return Reward(name, False, heads)
-    one = stage_reward(name, folder, mesh, tokenizer, base)
-    return one._replace(score=lambda rollout, texts: one.score(rollout, texts)[None])
+    return stage_reward(name, folder, mesh, tokenizer, base)
 
 
-def _of_member(member: Reward, rollout: Rollout, texts: Texts | None, on_host: bool, mesh: Mesh) -> Any:
-    """[n, B]. Beside members that read text, those that read tokens take some rows at a time."""
-    if not on_host or member.needs_text:
-        return member.score(rollout, texts)
-    rows = chunk_rows(len(rollout.tokens), mesh)
-    return in_chunks(lambda some: member.score(some, None).T, rollout, rows, mesh).T
+def scores_of(rewards: Sequence[Reward], rollout: Rollout, texts: Texts | None, mesh: Mesh) -> list[Scores]:
+    """What each reward says; those that touch no device are asked at the same time.
+
+    Without a reader of text everything stays on the devices. Otherwise the host waits anyhow, and rewards that read
+    tokens take some rows at a time.
+    """
+    if not any(r.needs_text for r in rewards):
+        return [r.score(rollout, texts) for r in rewards]
+    if isinstance(rollout.tokens, jax.Array):
+        rollout = fetch(rollout)
+    with ThreadPoolExecutor(len(rewards)) as pool:
+        asked = [pool.submit(r.score, rollout, texts) if r.on_host else None for r in rewards]
+        return [
+            future.result() if future else on_host_scores(r, rollout, texts, mesh)
+            for r, future in zip(rewards, asked, strict=True)
+        ]
+
+
+def on_host_scores(reward: Reward, samples: Rollout, texts: Texts | None, mesh: Mesh) -> Scores:
+    """Of a rollout on the host, results on the host."""
+    if reward.needs_text:
+        return fetch(reward.score(samples, texts))
+    return in_chunks(
+        lambda rows: reward.score(rows, None), samples, chunk_rows(len(samples.tokens), mesh), mesh
+    )
+
+
+def mixed_reward(
+    name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base: tuple[Path, Loaded] | None = None
+) -> Reward:
+    """Several rewards as one, by the note of a RewardMix; each is logged as a part."""
+    noted = read_json(folder / MIX)
+    rewards = []
+    for part, said in noted["parts"].items():
+        if "stage" in said:
+            reward = stage_reward(part, folder.parent / said["stage"], mesh, tokenizer, base)
+        else:
+            reward = text_reward(part, program_reward(said["program"]), on_host=True)
+        rewards.append(reward)
+    how, rules = noted["how"], list(noted["parts"].values())
+    column = lambda key, none=0.0: np.asarray(  # noqa: E731
+        [none if rule[key] is None else rule[key] for rule in rules], np.float32
+    )
+    weights, gates, mean, std = column("weight"), column("gate", -np.inf), column("mean"), column("std")
+    reads_text = how in ("by_group", "product") or any(r.needs_text for r in rewards)
+
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        said = scores_of(rewards, rollout, texts, mesh)
+        values = [s.values for s in said]
+        chosen = None
+        if how == "by_group":
+            assert texts is not None
+            chosen = group_numbers(name, [r.name for r in rewards], texts.rows)
+        if how == "product":
+            for reward, some in zip(rewards, values, strict=True):
+                if np.min(fetch(some)) < 0:
+                    raise UserError(
+                        f"reward {name!r} is a product, but its part {reward.name!r} gave {np.min(fetch(some)):g}: "
+                        "only rewards that are never negative can be multiplied"
+                    )
+        total = jitted_mix(tuple(values), mean, std, weights, gates, chosen, how)
+        either = lambda flags: np.any(flags, axis=0) if flags else None  # noqa: E731
+        return Scores(
+            total,
+            parts={r.name: v for r, v in zip(rewards, values, strict=True)},
+            failed=either([s.failed for s in said if s.failed is not None]),
+            timed_out=either([s.timed_out for s in said if s.timed_out is not None]),
+        )
+
+    return Reward(name, reads_text, score)
+
+
+def group_numbers(name: str, parts: Sequence[str], rows: Sequence[dict]) -> np.ndarray:
+    """Which of `parts` each row's field `group` names, [B] int32."""
+    for n, row in enumerate(rows, 1):
+        if row.get("group") not in parts:
+            raise UserError(
+                f"reward {name!r} goes by group: answer {n} is to a prompt with group {row.get('group')!r}."
+                f"{did_you_mean(str(row.get('group')), parts)}"
+            )
+    return np.asarray([parts.index(row["group"]) for row in rows], np.int32)
+
+
+@partial(jax.jit, static_argnums=6)
+def jitted_mix(values, mean, std, weights, gates, chosen, how: Mixing) -> jax.Array:
+    """[B] of the parts' values, [B] each, normalised by their mean and std [M]."""
+    scores = (jnp.stack(values) - mean[:, None]) / std[:, None]
+    return mix_scores(scores, how, weights, gates, chosen)
 
 
 def is_head_ensemble(meta: dict[str, Any]) -> bool:
@@ -185,8 +310,8 @@ jitted_scores = jax.jit(sequence_scores, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def jitted_head_scores(model: Model, params: Params, tokens, mask) -> jax.Array:
-    """[n, B]"""
-    return sequence_head_scores(model, params, tokens, mask).T
+    """[B, n]"""
+    return sequence_head_scores(model, params, tokens, mask)
 
 
 def read_texts(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> Texts:

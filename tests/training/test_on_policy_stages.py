@@ -23,7 +23,7 @@ from jrlhf.training import online
 from jrlhf.training.online import Scored, resampled
 from jrlhf.training.rewards import REWARDS, Texts
 from jrlhf.training.stages import OnPolicy
-from jrlhf.types import Rollout
+from jrlhf.types import Rollout, Scores
 
 STAGE = OnPolicy(
     start="sft",
@@ -47,7 +47,8 @@ def numbered(scores: list[float], first: int) -> Scored:
         [{"row": i} for i in number],
         [[i] for i in number],
     )
-    return Scored(samples, np.asarray(scores, np.float32), texts)
+    values = np.asarray(scores, np.float32)
+    return Scored(samples, Scores(values, {"twice": 2 * values}), texts)
 
 
 ROUNDS = [[0, 0, 1, 0, 5, 5, 2, 3], [7, 7, 7, 7, 1, 2, 3, 3], [4, 4, 4, 5, 0, 1, 6, 6]]
@@ -68,7 +69,8 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_differ():
     assert used == 3
     wanted = [2, 3, 6, 7, 104, 105, 202, 203]
     np.testing.assert_array_equal(samples.tokens[:, 0], wanted)
-    np.testing.assert_array_equal(scores, [1, 0, 2, 3, 1, 2, 4, 5])
+    np.testing.assert_array_equal(scores.values, [1, 0, 2, 3, 1, 2, 4, 5])
+    np.testing.assert_array_equal(scores.parts["twice"], 2 * np.asarray(scores.values))
     assert texts.completions == [f"c{i}" for i in wanted]
     assert [row["row"] for row in texts.rows] == wanted
     assert metrics["rollout/rounds"] == 3

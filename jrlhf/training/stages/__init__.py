@@ -22,6 +22,7 @@ from jrlhf.training.stages.on_policy import PPO, OnPolicy
 from jrlhf.training.stages.preferences import Preferences
 from jrlhf.training.stages.process_reward import ProcessRewardModel
 from jrlhf.training.stages.reward_ensemble import RewardEnsemble
+from jrlhf.training.stages.reward_mix import Part, RewardMix
 from jrlhf.training.stages.reward_model import RewardModel
 from jrlhf.training.stages.unpaired import UnpairedAlignment
 
@@ -35,11 +36,13 @@ __all__ = [
     "Evaluate",
     "Judge",
     "OnPolicy",
+    "Part",
     "Preferences",
     "Pretrain",
     "ProcessRewardModel",
     "RewardCheckpoint",
     "RewardEnsemble",
+    "RewardMix",
     "RewardModel",
     "TokenizerConfig",
     "UnpairedAlignment",

@@ -7,18 +7,28 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import PREFERENCES, Source, StageContext, UserError, did_you_mean, stage_ref
+from jrlhf.config import (
+    PREFERENCES,
+    REWARD_MODEL,
+    Source,
+    StageContext,
+    UserError,
+    did_you_mean,
+    stage_ref,
+    stage_ref_or_name,
+)
 from jrlhf.models.transformer import Model
 from jrlhf.optim import OptimConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.training.artifacts import Loaded
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
-from jrlhf.training.rewards import make_reward, program_reward
+from jrlhf.training.rewards import make_reward
 from jrlhf.training.stages.common import (
     FineTuningStage,
     TooLongPrompt,
     check_answers,
     check_microbatches,
+    check_reward,
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import check_one_of
@@ -36,7 +46,7 @@ class AlignmentStage(FineTuningStage):
     eval_fraction: float = 0.1  # of the prompts, held out
     eval_prompts: Source | None = None  # sampled from during training: an offline method drifts too
     sampling: SamplingConfig = SamplingConfig()  # for eval_prompts
-    gold: str = ""  # a program reward, logged on eval_prompts
+    gold: str = stage_ref_or_name("", REWARD_MODEL)  # a reward, logged on eval_prompts
     max_length: int = 0
     too_long: TooLongPrompt = "error"
 
@@ -53,7 +63,7 @@ class AlignmentStage(FineTuningStage):
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
         if self.gold:
-            program_reward(self.gold, "gold")
+            check_reward(self.gold, stages, "gold")
             if self.eval_prompts is None:
                 raise UserError("gold is measured on samples: give eval_prompts")
         if self.eval_prompts is not None:
@@ -74,5 +84,5 @@ class AlignmentStage(FineTuningStage):
             policy, self.eval_prompts, room, self.sampling, self.too_long, ctx, "eval_prompts"
         )
         sampler = Sampler(trained, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
-        rewards = [make_reward(self.gold, {}, mesh, policy.tokenizer)] if self.gold else []
+        rewards = [make_reward(self.gold, dict(ctx.parents), mesh, policy.tokenizer)] if self.gold else []
         return Probe(ctx.folder, sampler, rows, ids, policy.params, rewards, key)

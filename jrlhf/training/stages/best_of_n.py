@@ -26,7 +26,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import make_reward, program_reward, read_texts
+from jrlhf.training.rewards import make_reward, read_texts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -48,7 +48,7 @@ class BestOfN(MeshStage):
     start: str = stage_ref(artifact=LANGUAGE_MODEL)
     reward: str = stage_ref_or_name(artifact=REWARD_MODEL)
     prompts: Source = field(kw_only=True)
-    gold: str = ""
+    gold: str = stage_ref_or_name("", REWARD_MODEL)
     samples: int = 64  # per prompt; every n up to it is estimated without bias from the same samples
     sampling: SamplingConfig = SamplingConfig()
     max_prompt: int = 0
@@ -57,7 +57,7 @@ class BestOfN(MeshStage):
     def validate(self, stages):
         check_reward(self.reward, stages)
         if self.gold:
-            program_reward(self.gold, "gold")
+            check_reward(self.gold, stages, "gold")
         if self.samples < 2:
             raise UserError(f"samples is {self.samples}; best-of-n needs at least 2")
         check_answers(self.start, stages, self.sampling, self.max_prompt)
@@ -75,7 +75,7 @@ class BestOfN(MeshStage):
                 policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
             )
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
-            gold = make_reward(self.gold, {}, mesh, policy.tokenizer) if self.gold else reward
+            gold = make_reward(self.gold, dict(ctx.parents), mesh, policy.tokenizer) if self.gold else reward
             sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
             n = self.samples
             repeated = [row for row in ids for _ in range(n)]

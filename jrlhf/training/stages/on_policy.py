@@ -21,7 +21,7 @@ from jrlhf.training.data import text_batch
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
 from jrlhf.training.online import train_online
-from jrlhf.training.rewards import make_reward, program_reward
+from jrlhf.training.rewards import make_reward
 from jrlhf.training.stages.common import (
     FineTuningStage,
     ModelStage,
@@ -57,7 +57,7 @@ class RolloutStage(FineTuningStage):
     algorithm: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig(lr=1e-4, eps=1e-5)
-    gold: str = ""  # a program reward that is only logged
+    gold: str = stage_ref_or_name("", REWARD_MODEL)  # a reward that is only logged
     eval_prompts: Source | None = None
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
@@ -71,7 +71,7 @@ class RolloutStage(FineTuningStage):
     def validate(self, stages):
         check_reward(self.reward, stages)
         if self.gold:
-            program_reward(self.gold, "gold")
+            check_reward(self.gold, stages, "gold")
         if self.sampling.filtered:
             raise UserError(
                 f"sampling: {type(self).__name__} trains the distribution that is sampled, so top_k, top_p, min_p and "
@@ -120,7 +120,7 @@ class RolloutStage(FineTuningStage):
             shared = (ctx.parents[self.start], policy) if self.lora.rank else None
             reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer, shared)
             watched = self.gold and self.gold != self.reward
-            watch = [make_reward(self.gold, {}, mesh, tokenizer)] if watched else []
+            watch = [make_reward(self.gold, dict(ctx.parents), mesh, tokenizer)] if watched else []
 
             slots = prompt_slots(ids, eval_ids)
             sampler = Sampler(model, tokenizer, mesh, self.sampling, slots)

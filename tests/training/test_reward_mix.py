@@ -1,0 +1,202 @@
+"""Rewards of several parts as stages: what trains on them, what is logged, what is refused."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
+
+from jrlhf.algorithms.rloo import RLOOConfig
+from jrlhf.config import MeshConfig, UserError
+from jrlhf.data.batching import encode_prompt
+from jrlhf.experiment import run
+from jrlhf.sharding import make_mesh
+from jrlhf.training.artifacts import load_model
+from jrlhf.training.evaluation import Sampler, score
+from jrlhf.training.rewards import REWARDS, checked, group_numbers, make_reward, on_host_scores, read_texts
+from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, Part, RewardMix
+from jrlhf.types import Scores
+
+LENGTHS = Part("words", weight=0.5)
+
+
+def words(prompts, completions, rows):
+    """Each answer's number of words; those that begin with a comma cannot be counted."""
+    counts = np.array([len(text.split()) for text in completions], np.float32)
+    failed = np.array([text.startswith(",") for text in completions])
+    return Scores(np.where(failed, 0.0, counts), failed=failed, timed_out=np.zeros(len(counts), bool))
+
+
+async def ended(prompts, completions, rows):
+    return [float(row["ended"]) for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(REWARDS, "words", words)
+        patch.setitem(REWARDS, "ended", ended)
+        yield
+
+
+@pytest.fixture(scope="module")
+def left(one_device_runs):
+    stages = {
+        "sum": RewardMix(parts={"length": LENGTHS, "learned": Part("reward_model", weight=-2.0)}),
+        "normal": RewardMix(
+            parts={"length": LENGTHS, "learned": Part("reward_model")},
+            start="sft",
+            prompts=tiny.prompts,
+            sampling=tiny.answers,
+        ),
+        "gated": RewardMix(parts={"ends": Part("ended", gate=0.5), "gold": Part("larder_gold")}, how="gates"),
+        "signed": RewardMix(parts={"ends": Part("ended"), "learned": Part("reward_model")}, how="product"),
+        "grouped": RewardMix(parts={"A": Part("larder_gold_A"), "B": Part("larder_gold_B")}, how="by_group"),
+        "nested": RewardMix(parts={"inner": Part("sum"), "gold": Part("larder_gold")}),
+        "rloo": OnPolicy(
+            start="sft",
+            reward="sum",
+            gold="gated",
+            prompts=tiny.prompts,
+            algorithm=RLOOConfig(group_size=4),
+            sampling=tiny.answers,
+            optim=tiny.adam,
+            loop=tiny.loop(2),
+        ),
+        "best": BestOfN(
+            start="sft", reward="sum", gold="gated", prompts=tiny.prompts, samples=2, sampling=tiny.answers
+        ),
+        "compared": Evaluate(
+            policies=("sft", "rloo"),
+            gold="gated",
+            proxy="sum",
+            prompts={"main": tiny.prompts},
+            samples=2,
+            sampling=tiny.answers,
+        ),
+    }
+    with quick_compilation(), one_device():
+        kept = only("pretrain", "sft", "preferences", "reward_model", **stages)
+        return folders(run(kept, one_device_runs, console=QUIET))
+
+
+@pytest.fixture(scope="module")
+def said(left):
+    """said(reward) -> Scores of the start policy's answers; and the texts."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    policy = load_model(left["sft"], mesh)
+    rows = [{**row, "group": "AB"[i % 2]} for i, row in enumerate(tiny.prompts.rows())]
+    ids = [encode_prompt(row, policy.tokenizer, 20).tolist() for row in rows]
+    samples = Sampler(policy.model, policy.tokenizer, mesh, tiny.answers, 20).sample(
+        policy.params, ids, jax.random.key(5)
+    )
+    texts = read_texts(samples, rows, policy.tokenizer)
+
+    def ask(name, texts=texts):
+        reward = make_reward(name, left, mesh, policy.tokenizer)
+        scores = on_host_scores(reward, samples, texts, mesh)
+        np.testing.assert_array_equal(scores.values, score(reward, samples, texts, mesh))
+        return scores
+
+    return ask, texts
+
+
+def test_a_sum_weighs_its_parts_and_says_what_failed(said):
+    ask, texts = said
+    scores = ask("sum")
+    counts = words(texts.prompts, texts.completions, texts.rows)
+    np.testing.assert_allclose(scores.parts["length"], counts.values)
+    np.testing.assert_allclose(scores.parts["learned"], ask("reward_model").values, atol=1e-6)
+    expected = 0.5 * counts.values - 2 * np.asarray(ask("reward_model").values)
+    np.testing.assert_allclose(scores.values, expected, atol=1e-5)
+    np.testing.assert_array_equal(scores.failed, counts.failed)
+    assert not scores.timed_out.any()
+    nested = ask("nested")
+    np.testing.assert_allclose(nested.parts["inner"], expected, atol=1e-5)
+    np.testing.assert_array_equal(nested.failed, counts.failed)
+
+
+def test_parts_are_normalised_on_answers_of_the_reference(left, said):
+    ask, _ = said
+    noted = json.loads((left["normal"] / "mix.json").read_text())["parts"]
+    assert noted["learned"]["stage"] == left["reward_model"].name
+    assert noted["length"]["program"] == "words"
+    scores = ask("normal")
+    by_hand = sum(
+        rule["weight"] * (np.asarray(scores.parts[name]) - rule["mean"]) / rule["std"]
+        for name, rule in noted.items()
+    )
+    np.testing.assert_allclose(scores.values, by_hand, atol=1e-4)
+    for name, rule in noted.items():  # other answers of the same policy
+        assert abs(np.mean(scores.parts[name]) - rule["mean"]) < rule["std"]
+        assert 0.4 < np.std(scores.parts[name]) / rule["std"] < 2.5
+
+
+def test_a_gate_and_groups_read_the_answers(said):
+    ask, texts = said
+    ends = np.array([row["ended"] for row in texts.rows])
+    assert ends.any()
+    assert not ends.all()
+    gold = ask("larder_gold").values
+    np.testing.assert_allclose(ask("gated").values, np.where(ends, 1 + gold, 0), atol=1e-6)
+    a, b = ask("larder_gold_A").values, ask("larder_gold_B").values
+    np.testing.assert_allclose(ask("grouped").values, np.where(np.arange(len(a)) % 2, b, a), atol=1e-6)
+    nameless = texts._replace(rows=[{**row, "group": "a"} for row in texts.rows])
+    with pytest.raises(UserError, match=r"answer 1 is to a prompt with group 'a'. Known: A, B"):
+        ask("grouped", nameless)
+    with pytest.raises(UserError, match="only rewards that are never negative"):
+        ask("signed")
+
+
+def test_what_learns_from_a_mix_logs_every_part(left):
+    first = jsonl(left["rloo"] / "metrics.jsonl")[0]
+    total = 0.5 * first["reward/length/mean"] - 2 * first["reward/learned/mean"]
+    assert first["reward/score/mean"] == pytest.approx(total, abs=1e-4)
+    assert 0 <= first["reward/sum/fail_rate"] < 1
+    assert first["reward/sum/timeout_rate"] == 0
+    assert first["reward/ends/mean"] == pytest.approx(first["rollout/eos_rate"])
+    assert np.isfinite(first["reward/gold/mean"])
+    found = json.loads((left["best"] / "done.json").read_text())["results"]
+    assert found["proxy"]["2"] >= found["proxy"]["1"]
+    assert json.loads((left["compared"] / "evaluation.json").read_text())["reward_name"] == "gated"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.ones(2), r"shape \(2,\)"),
+        (np.array([1, np.nan, 2]), "1 values that are not finite"),
+        (Scores(np.ones(3), {"p": np.ones((3, 1))}), "part 'p' of reward 'mine'"),
+        (Scores(np.ones(3), failed=np.zeros(2, bool)), "'failed' has shape"),
+    ],
+)
+def test_what_a_reward_returns_is_checked(values, message):
+    with pytest.raises(UserError, match=message):
+        checked("mine", values if isinstance(values, Scores) else Scores(values), 3)
+
+
+def test_groups_are_numbered_in_the_order_of_the_parts():
+    np.testing.assert_array_equal(group_numbers("m", ["x", "y"], [{"group": "y"}, {"group": "x"}]), [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": {"length": LENGTHS}}, "at least 2"),
+        ({"parts": {"a": Part("wrods"), "b": LENGTHS}}, r"parts.a.reward 'wrods' .*Did you mean 'words'"),
+        ({"parts": {"score": LENGTHS, "b": LENGTHS}}, "'score' cannot name a part"),
+        ({"parts": {"a": replace(LENGTHS, gate=1.0), "b": LENGTHS}}, "only read with how 'gates'"),
+        ({"parts": {"a": replace(LENGTHS, weight=0.0), "b": LENGTHS}}, "a finite number, not 0"),
+        ({"how": "gates"}, "no part has a gate"),
+        ({"how": "product", "parts": {"a": Part("words", -1.0), "b": LENGTHS}}, "exponent above 0"),
+        ({"start": "sft"}, "go together"),
+        ({"start": "sft", "prompts": tiny.prompts, "how": "product"}, "leave start and prompts out"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(change, message):
+    mix = RewardMix(parts={"a": LENGTHS, "b": Part("larder_gold")})
+    with pytest.raises(UserError, match=message):
+        replace(mix, **change).validate(tiny.experiment.stages)
