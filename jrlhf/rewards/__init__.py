@@ -4,10 +4,14 @@
 reward: one function, and its line here.
 """
 
-from jrlhf.rewards.stories import happy_ending, happy_story_with_word
-from jrlhf.types import RewardFn
+from typing import TYPE_CHECKING
 
-REWARDS: dict[str, RewardFn] = {
+from jrlhf.rewards.stories import happy_ending, happy_story_with_word
+
+if TYPE_CHECKING:  # it imports jax, and the worker processes of `pool` import this file
+    from jrlhf.types import RewardFn
+
+REWARDS: "dict[str, RewardFn]" = {
     "happy_ending": happy_ending,
     "happy_story_with_word": happy_story_with_word,
 }
