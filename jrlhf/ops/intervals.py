@@ -1,5 +1,7 @@
 """Confidence intervals that several rooms report."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -45,3 +47,24 @@ def auc_interval(scores: np.ndarray, labels: np.ndarray, clusters: np.ndarray) -
     variance += 2.0 * scale(groups) * np.sum(a * b) / (above.size * below.size)
     spread = 1.959964 * float(np.sqrt(max(variance, 0.0)))
     return auc, max(auc - spread, 0.0), min(auc + spread, 1.0)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], clusters: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high), the 95% percentile interval (Efron 1979) of `statistic(indices)`, over resamples of whole clusters.
+
+    clusters [N]: to which cluster (a prompt) each item belongs; indices: the items drawn, some of them several times.
+    Resamples on which the statistic is NaN are left out; (NaN, NaN) when it is on all.
+    """
+    _, cluster = np.unique(clusters, return_inverse=True)
+    members = np.split(np.argsort(cluster, kind="stable"), np.cumsum(np.bincount(cluster))[:-1])
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(resamples if len(members[0]) else 0):
+        drawn = rng.integers(len(members), size=len(members))
+        values.append(statistic(np.concatenate([members[c] for c in drawn])))
+    known = np.asarray(values)[~np.isnan(values)]
+    if not known.size:
+        return float("nan"), float("nan")
+    low, high = np.percentile(known, [2.5, 97.5])
+    return float(low), float(high)

@@ -3,101 +3,187 @@
 Both encode the text anew, with their own tokenizer, so that the policy may have another.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from scipy.special import softmax
 
-from jrlhf.config import UserError, did_you_mean
+from jrlhf.config import UserError, from_dict
 from jrlhf.data.batching import encode_prompt, encode_steps, pad_batch, stack_steps
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
 from jrlhf.ops.masking import last_token_index
 from jrlhf.ops.reward_losses import Aggregate, aggregate_steps
-from jrlhf.training.artifacts import Loaded
+from jrlhf.rewards.endpoint import Endpoint, EndpointJudge
+from jrlhf.rewards.judges import (
+    Comparison,
+    Judge,
+    Program,
+    check_template,
+    checked,
+    compare_pairs,
+    expected_score,
+    fill,
+)
+from jrlhf.rollout.rollout import response_ids
+from jrlhf.rollout.sampling import SamplingConfig
+from jrlhf.sharding import leads
+from jrlhf.training.artifacts import Loaded, load_model
 from jrlhf.training.data import chunk_rows, in_chunks
-from jrlhf.types import Params, StepBatch
+from jrlhf.types import Params, Scores, StepBatch
 
-ONE_ANSWER, TWO_ANSWERS = ("question", "answer"), ("question", "answer_a", "answer_b")
+ANSWERS = "answers.sqlite"  # an endpoint's replies, in the folder of whoever asked
 LENGTHS = 64  # sequences are padded to multiples of this, so that few shapes are compiled
 
-Value = Literal["log_odds", "probability"]
+# Of the first verdict against the second; of the first; or the mean of numeric verdicts, from -1 to 1.
+Value = Literal["log_odds", "probability", "expected"]
+AsReward = Literal["outcome", "steps", "differences"]
 
 
 # --- a judge's verdict --------------------------------------------------------------------------------------
 
 
-def check_template(template: str) -> bool:
-    """Whether it compares two answers; UserError unless it has the places of one answer, or of two, and no others."""
-    found = set(re.findall(r"\{(\w+)\}", template))
-    known = {*ONE_ANSWER, *TWO_ANSWERS}
-    if unknown := sorted(found - known):
-        raise UserError(f"template: unknown placeholder {{{unknown[0]}}}.{did_you_mean(unknown[0], known)}")
-    if found not in ({*ONE_ANSWER}, {*TWO_ANSWERS}):
-        raise UserError(
-            "template must have {question} and {answer}, or {question}, {answer_a} and {answer_b}; it has "
-            + (", ".join(f"{{{name}}}" for name in sorted(found)) or "none of them")
-        )
-    return found == {*TWO_ANSWERS}
+Respondent = Endpoint | Program  # who is asked, when it is no local model
 
 
-def fill(template: str, **parts: str) -> str:
-    """The template with its places filled; braces inside the parts stay what they are."""
-    return re.sub(r"\{(\w+)\}", lambda place: parts[place[1]], template)
+@dataclass(frozen=True)
+class Asked:
+    """How a respondent is noted as JSON."""
+
+    by: Respondent
 
 
-def verdict_ids(tokenizer: Tokenizer, verdicts: tuple[str, str]) -> tuple[int, int]:
+def verdict_ids(tokenizer: Tokenizer, verdicts: Sequence[str]) -> tuple[int, ...]:
     """The first token of each verdict, by which they must differ."""
-    ids = [tokenizer.encode(verdict) for verdict in verdicts]
-    for verdict, tokens in zip(verdicts, ids, strict=True):
-        if not tokens:
+    first: dict[int, str] = {}
+    for verdict in verdicts:
+        ids = tokenizer.encode(verdict)
+        if not ids:
             raise UserError(f"verdicts: {verdict!r} has no token")
-    if ids[0][0] == ids[1][0]:
-        raise UserError(
-            f"verdicts: {verdicts[0]!r} and {verdicts[1]!r} begin with the same token (id {ids[0][0]}), so that one "
-            "token cannot tell them apart; choose others"
-        )
-    return ids[0][0], ids[1][0]
+        if ids[0] in first:
+            raise UserError(
+                f"verdicts: {first[ids[0]]!r} and {verdict!r} begin with the same token (id {ids[0]}), so that one "
+                "token cannot tell them apart; choose others"
+            )
+        first[ids[0]] = verdict
+    return tuple(first)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def verdict_log_odds(model: Model, verdicts: tuple[int, int], params: Params, tokens, mask) -> jax.Array:
-    """log p(first) - log p(second) of the token that follows each sequence, tokens and mask [B, T] -> [B] float32."""
+def verdict_logits(model: Model, verdicts: tuple[int, ...], params: Params, tokens, mask) -> jax.Array:
+    """Logits of the verdicts' tokens after each sequence, tokens and mask [B, T] -> [B, K] float32."""
     hidden = model.hidden(params, tokens, mask)
     last = jnp.take_along_axis(hidden, last_token_index(mask)[:, None, None], axis=1)
-    logits = model.logits(params, last)[:, 0]
-    return logits[:, verdicts[0]] - logits[:, verdicts[1]]
+    return model.logits(params, last)[:, 0][:, np.asarray(verdicts)]
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """A language model on the mesh as a `Judge` and a `Writer` (`jrlhf.rewards.judges`).
+
+    It answers by the odds of one token (Zheng et al. 2023; Lee et al. 2023), without sampling. A tokenizer that wraps
+    strings makes a question a user's turn.
+    """
+
+    name: str
+    loaded: Loaded
+    mesh: Mesh
+    sampling: SamplingConfig = SamplingConfig()  # of `write`
+
+    def verdicts(self, questions: Sequence[str], options: Sequence[str]) -> np.ndarray:
+        """[N, K] float64: the softmax over the logits of the options' first tokens."""
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        verdicts = verdict_ids(tokenizer, options)
+        ids = self._encoded(questions, model.config.context)
+        batch = pad_batch(ids, _padded(max(map(len, ids)), model), "right", tokenizer.pad_id)
+        f = lambda rows: verdict_logits(model, verdicts, self.loaded.params, rows["tokens"], rows["mask"])  # noqa: E731
+        logits = in_chunks(f, batch, chunk_rows(len(questions), self.mesh), self.mesh)
+        return softmax(logits.astype(np.float64), axis=1)
+
+    def write(self, questions: Sequence[str], seed: int) -> list[str | None]:
+        """A sampled reply to each."""
+        from jrlhf.training.evaluation import Sampler, prompt_slots  # which reads rewards, and so this module
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        encoded = self._encoded(questions, model.config.context - self.sampling.max_new_tokens)
+        ids = [row.tolist() for row in encoded]
+        sampler = Sampler(model, tokenizer, self.mesh, self.sampling, prompt_slots(ids))
+        samples = sampler.sample(self.loaded.params, ids, jax.random.key(seed))
+        return [tokenizer.decode(row) for row in response_ids(samples)]
+
+    def _encoded(self, questions: Sequence[str], limit: int) -> list[np.ndarray]:
+        try:
+            return [_ids(encode_prompt({"prompt": q}, self.loaded.tokenizer, limit)) for q in questions]
+        except UserError as error:
+            raise UserError(f"judge {self.name!r}: the judge's context: {error}") from error
+
+
+@dataclass(frozen=True)
+class FirstHostJudge:
+    """A judge that only the first process asks; the others are told. Nothing is paid for twice."""
+
+    judge: Judge
+
+    def verdicts(self, questions: Sequence[str], options: Sequence[str]) -> np.ndarray:
+        if jax.process_count() == 1:
+            return self.judge.verdicts(questions, options)
+        from jax.experimental import multihost_utils
+
+        said, trouble = np.zeros((len(questions), len(options))), None
+        if leads():
+            try:
+                said = self.judge.verdicts(questions, options)
+            except Exception as error:  # the others wait for it
+                trouble = error
+        tell = multihost_utils.broadcast_one_to_all
+        if tell(np.asarray(trouble is not None)):
+            raise trouble or UserError("the judge failed, as the first process says")
+        return np.asarray(tell(said.astype(np.float32)), np.float64)
+
+
+def make_judge(by: Respondent, answers: Path) -> FirstHostJudge:
+    """Whoever is asked. answers: the file where an endpoint's replies and costs are kept."""
+    return FirstHostJudge(EndpointJudge(by, answers) if isinstance(by, Endpoint) else by)
+
+
+def judge_costs(judge: Judge) -> dict[str, float]:
+    """What asking took (`EndpointJudge.counts`); nothing for a judge that asks no server, or on other processes."""
+    if isinstance(judge, FirstHostJudge):
+        judge = judge.judge
+    return judge.counts() if isinstance(judge, EndpointJudge) and leads() else {}
 
 
 @dataclass(frozen=True)
 class JudgeReward:
-    """A language model that is asked about answers, and answers by the odds of one token (Zheng et al. 2023).
+    """What a judge says of answers, as a reward (direct RLAIF: Lee et al. 2023, section 2.3.2).
 
     A template of two answers compares an answer with the prompt's reference, the row's `answer`, in both orders, and
     averages, so that a liking for the first place cancels.
     """
 
     name: str
-    loaded: Loaded
+    judge: Judge
     template: str
-    verdicts: tuple[str, str]
+    verdicts: tuple[str, ...]
     value: Value
-    mesh: Mesh
+    fallback: float | None = None  # where the judge has no verdict; None: that is an error
+    both_orders: bool = True
 
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]
-    ) -> np.ndarray:
-        """[N] float32: the log-odds of the first verdict, or its probability among the two."""
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Scores:
+        """[N] values; `failed` where there is no verdict."""
         if not check_template(self.template):
-            odds = self.log_odds(
-                [fill(self.template, question=q, answer=a) for q, a in zip(prompts, completions, strict=True)]
-            )
+            texts = [
+                fill(self.template, question=q, answer=a) for q, a in zip(prompts, completions, strict=True)
+            ]
+            said = checked(self.judge.verdicts(texts, self.verdicts), len(texts), self.verdicts, self.name)
+            values = self.values(said)
         else:
             references = []
             for n, row in enumerate(rows, 1):
@@ -107,28 +193,39 @@ class JudgeReward:
                         "of two answers compares"
                     )
                 references.append(row["answer"])
-            odds = self.compare(prompts, completions, references)
-        return odds if self.value == "log_odds" else 1 / (1 + np.exp(-odds))
+            values = self.compare(prompts, completions, references)
+        silent = np.isnan(values)
+        if self.fallback is None:
+            if silent.any():
+                raise UserError(
+                    f"reward {self.name!r}: the judge has no verdict on {silent.sum()} of {len(silent)} answers; give "
+                    "the judge a `fallback`, the reward of such an answer"
+                )
+            return Scores(values.astype(np.float32))
+        return Scores(np.where(silent, self.fallback, values).astype(np.float32), failed=silent)
 
     def compare(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-        """[N] float32: log-odds that answer a is better than b, the mean of both orders."""
-        pairs = list(zip(prompts, a, b, strict=True))
-        first = self.log_odds([fill(self.template, question=q, answer_a=x, answer_b=y) for q, x, y in pairs])
-        second = self.log_odds([fill(self.template, question=q, answer_a=y, answer_b=x) for q, x, y in pairs])
-        return 0.5 * (first - second)
+        """[N] float64: how much better answer a is than b, the mean of both orders."""
+        said = self.comparison(prompts, a, b)
+        if not self.both_orders:
+            return self.values(said.shown)
+        return 0.5 * (self.values(said.shown) + self.values(said.turned))
 
-    def log_odds(self, texts: Sequence[str]) -> np.ndarray:
-        """[N] float32, of each filled template. A tokenizer that wraps strings makes it a user's turn."""
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        verdicts = verdict_ids(tokenizer, self.verdicts)
-        try:
-            ids = [_ids(encode_prompt({"prompt": text}, tokenizer, model.config.context)) for text in texts]
-        except UserError as error:
-            raise UserError(f"reward {self.name!r}: the judge's context: {error}") from error
-        longest = max(len(row) for row in ids)
-        batch = pad_batch(ids, _padded(longest, model), "right", tokenizer.pad_id)
-        f = lambda rows: verdict_log_odds(model, verdicts, self.loaded.params, rows["tokens"], rows["mask"])  # noqa: E731
-        return in_chunks(f, batch, chunk_rows(len(texts), self.mesh), self.mesh)
+    def comparison(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Comparison:
+        return compare_pairs(self.judge, self.template, self.verdicts, prompts, a, b, self.both_orders)
+
+    def values(self, said: np.ndarray) -> np.ndarray:
+        """[N] float64 of [N, K] probabilities; of pairs [N, 3] (first, second, tie), a tie counting half."""
+        if self.value == "expected":
+            return expected_score(said, self.verdicts)
+        if self.value == "probability":
+            return said[:, 0] + (0.5 * said[:, 2] if check_template(self.template) else 0.0)
+        if (said[:, :2] == 0).any():
+            raise UserError(
+                f"reward {self.name!r}: the judge is certain (a probability of 0), which has no finite log-odds; use "
+                "value 'probability'"
+            )
+        return np.log(said[:, 0]) - np.log(said[:, 1])
 
 
 def _ids(encoded: np.ndarray | None) -> np.ndarray:
@@ -158,6 +255,9 @@ def scalar_scores(model: Model, params: Params, batch: StepBatch) -> jax.Array:
 class ProcessReward:
     """Scores an answer by its steps. The answer is split as text, and its steps are encoded one by one as in training:
     a tokenizer may merge a separator with its neighbours, so that the policy's tokens need not show where steps end.
+
+    as_reward: what is paid, and when (the stage `StepReward` says what each optimises). "outcome": the aggregate, at
+    the end; "steps": each step's score where it ends; "differences": what each step adds to the one before.
     """
 
     name: str
@@ -165,32 +265,41 @@ class ProcessReward:
     separator: str
     aggregate: Aggregate
     mesh: Mesh
+    as_reward: AsReward = "outcome"
 
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]
-    ) -> np.ndarray:
-        """[N] float32 in [0, 1]; 0 for an answer without a step."""
+    def scores(
+        self,
+        ids: Sequence[Sequence[int]],
+        completions: Sequence[str],
+        rows: Sequence[dict],
+        tokenizer: Tokenizer,
+        slots: int,
+    ) -> Scores:
+        """Of N answers; `parts` has every aggregate as `step_<aggregate>`, in [0, 1], 0 for an answer without a step.
+
+        ids: the sampled tokens of each response, of which `completions` are the text; tokenizer: that of the policy;
+        slots: R, tokens for a response. Rewards of steps are `tokens`, [N, slots], beside values of 0.
+        """
         batch, logits = self._logits(completions, rows)
-        return np.asarray(aggregate_steps(logits, batch.ends, self.aggregate))
+        parts = {
+            f"step_{how}": np.asarray(aggregate_steps(logits, batch.ends, how)) for how in get_args(Aggregate)
+        }
+        if self.as_reward == "outcome":
+            return Scores(parts[f"step_{self.aggregate}"], parts)
+        tokens = np.full((len(ids), slots), np.nan, np.float32)
+        for n, row in enumerate(ids):
+            earned = _probabilities(logits[n, batch.ends[n]])
+            if self.as_reward == "differences":
+                earned = np.diff(earned, prepend=np.float32(0.0))
+            places = step_ends(row, self.separator, tokenizer)
+            tokens[n, places] = 0.0
+            np.add.at(tokens[n], places, earned)  # two short steps may end in one token
+        return Scores(np.zeros(len(ids), np.float32), parts, tokens=tokens)
 
     def step_scores(self, completions: Sequence[str], rows: Sequence[dict]) -> list[np.ndarray]:
         """The probability that each step is right, of each answer."""
         batch, logits = self._logits(completions, rows)
-        return [1 / (1 + np.exp(-row[ends])) for row, ends in zip(logits, batch.ends, strict=True)]
-
-    def token_scores(
-        self, ids: Sequence[Sequence[int]], rows: Sequence[dict], tokenizer: Tokenizer, length: int
-    ) -> np.ndarray:
-        """[B, length] float32: each step's score at the token of the response that ends it, 0 elsewhere.
-
-        ids: the sampled tokens of each response; tokenizer: that of the policy.
-        """
-        out = np.zeros((len(ids), length), np.float32)
-        texts = [tokenizer.decode(row) for row in ids]
-        for n, scores in enumerate(self.step_scores(texts, rows)):
-            places = step_ends(ids[n], self.separator, tokenizer)
-            np.add.at(out[n], places, scores)  # two short steps may end in one token
-        return out
+        return [_probabilities(row[ends]) for row, ends in zip(logits, batch.ends, strict=True)]
 
     def _logits(self, completions: Sequence[str], rows: Sequence[dict]) -> tuple[StepBatch, np.ndarray]:
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
@@ -210,6 +319,10 @@ class ProcessReward:
         return batch, in_chunks(f, batch, chunk_rows(len(encoded), self.mesh), self.mesh)
 
 
+def _probabilities(logits: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logits))
+
+
 def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[int]:
     """Which token ends each step of a response: the first after which the text holds the step and its separator."""
     text, ends, begin = tokenizer.decode(ids), [], 0
@@ -225,6 +338,22 @@ def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[
     return reached
 
 
-def judge_of(name: str, noted: dict[str, Any], loaded: Loaded, mesh: Mesh) -> JudgeReward:
-    """The judge that its stage noted."""
-    return JudgeReward(name, loaded, noted["template"], tuple(noted["verdicts"]), noted["value"], mesh)
+def judge_of(
+    name: str, noted: dict[str, Any], folder: Path, mesh: Mesh, answers: Path | None = None
+) -> JudgeReward:
+    """The judge that the stage of `folder` noted. Its models' folders lie beside; an endpoint's replies are kept in
+    `answers`, by default in its own folder."""
+    judge: Judge
+    if "model" in noted:
+        judge = LocalJudge(name, load_model(folder.parent / noted["model"], mesh), mesh)
+    else:
+        judge = make_judge(from_dict(Asked, noted["asked"]).by, answers or folder / ANSWERS)
+    return JudgeReward(
+        name,
+        judge,
+        noted["template"],
+        tuple(noted["verdicts"]),
+        noted["value"],
+        noted["fallback"],
+        noted["both_orders"],
+    )

@@ -5,6 +5,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,20 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.mixing import Mixing, mix_scores
 from jrlhf.ops.reward_losses import Combine, combine_scores
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
+from jrlhf.rewards.pool import verifier_of
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.sharding import fetch
 from jrlhf.training.artifacts import Loaded, has_model, load_adapter, load_model, model_meta
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.judging import ProcessReward, judge_of
-from jrlhf.types import Params, RewardFn, Rollout, Scores
+from jrlhf.training.rubrics import rubric_scorer
+from jrlhf.types import Array, Params, RewardFn, Rollout, Scores
 
 # What stages leave that have no model of their own; they name the folders beside their own whose models they use.
-ENSEMBLE, JUDGE, MIX = "ensemble.json", "judge.json", "mix.json"
+ENSEMBLE, JUDGE, MIX, VERIFIER = "ensemble.json", "judge.json", "mix.json", "verifier.json"
+STEP_REWARD = "step_reward.json"
+RUBRIC = "rubric.json"
+LENGTH = "length.json"
 
 # Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
 # in `jrlhf/rewards/__init__.py`.
@@ -55,6 +61,8 @@ class Reward(NamedTuple):
     needs_text: bool
     score: Callable[[Rollout, Texts | None], Scores]
     on_host: bool = False  # it touches no device: several of these may be asked at once, in threads
+    # Between these a learned reward scored 98% of the answers that it was trained on.
+    trained_on: tuple[float, float] | None = None
 
 
 def program_reward(name: str, field: str = "reward") -> RewardFn:
@@ -94,6 +102,19 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
         return checked(name, said if isinstance(said, Scores) else Scores(said), len(texts.prompts))
 
     return Reward(name, True, score, on_host)
+
+
+def steps_reward(name: str, process: ProcessReward, tokenizer: Tokenizer) -> Reward:
+    """A process reward, of the tokens that end steps where it is one of steps. tokenizer: that of the policy."""
+
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        if texts is None:
+            raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
+        slots = rollout.response_mask.shape[1]
+        said = process.scores(texts.ids, texts.completions, texts.rows, tokenizer, slots)
+        return checked(name, said, len(texts.prompts))
+
+    return Reward(name, True, score)
 
 
 async def _result(awaitable: Any) -> Any:
@@ -142,16 +163,31 @@ def stage_reward(
         return ensemble_reward(name, folder, mesh, tokenizer, base)
     if (folder / MIX).is_file():
         return mixed_reward(name, folder, mesh, tokenizer, base)
+    if (folder / LENGTH).is_file():
+        return length_corrected_reward(name, folder, mesh, tokenizer, base)
     if (folder / JUDGE).is_file():
         noted = read_json(folder / JUDGE)
-        return text_reward(
-            name, judge_of(name, noted, load_model(folder.parent / noted["model"], mesh), mesh)
-        )
+        # Several processes agree on what a server said, in an order of their own: not in threads.
+        on_host = "asked" in noted and jax.process_count() == 1
+        return text_reward(name, judge_of(name, noted, folder, mesh), on_host)
+    if (folder / RUBRIC).is_file():
+        noted = read_json(folder / RUBRIC)
+        on_host = "asked" in noted and jax.process_count() == 1
+        return text_reward(name, rubric_scorer(name, noted, folder, mesh), on_host)
+    if (folder / VERIFIER).is_file():
+        # Several processes agree on what was too slow, in an order of their own: not in threads.
+        verifier = verifier_of(read_json(folder / VERIFIER))
+        return text_reward(name, verifier, on_host=jax.process_count() == 1)
+    if (folder / STEP_REWARD).is_file():
+        noted = read_json(folder / STEP_REWARD)
+        process = process_reward(name, folder.parent / noted["model"], mesh)
+        paid = replace(process, as_reward=noted["as_reward"], aggregate=noted["aggregate"])
+        return steps_reward(name, paid, tokenizer)
     if "process" in model_meta(folder, "scalar"):
-        return text_reward(name, process_reward(name, folder, mesh))
+        return steps_reward(name, process_reward(name, folder, mesh), tokenizer)
     model, params = _learned(name, folder, mesh, tokenizer, base)
     scores = lambda rollout, texts: Scores(jitted_scores(model, params, rollout.tokens, rollout.mask))  # noqa: E731
-    return Reward(name, False, scores)
+    return Reward(name, False, scores, trained_on=trained_range(model_meta(folder, "scalar")))
 
 
 def process_reward(name: str, folder: Path, mesh: Mesh) -> ProcessReward:
@@ -181,16 +217,48 @@ def ensemble_reward(
 ) -> Reward:
     """Members' rewards combined. A member that is itself an ensemble of heads gives each of them."""
     noted = read_json(folder / ENSEMBLE)
-    how, lam = noted["combine"], noted["lam"]
+    how, lam, weights = noted["combine"], noted["lam"], tuple(noted["weights"])
     members = [_member(name, folder.parent / m, mesh, tokenizer, base) for m in noted["members"]]
 
     def score(rollout: Rollout, texts: Texts | None) -> Scores:
         said = scores_of(members, rollout, texts, mesh)
         # Rows of an array of several heads come first everywhere else, so that they are last here.
-        every = tuple(s.values[None] if s.values.ndim == 1 else s.values.T for s in said)
-        return Scores(combined(how, lam, every))
+        every = tuple(s.total[None] if s.values.ndim == 1 else s.values.T for s in said)
+        return Scores(combined(how, lam, weights, every), parts={"disagreement": disagreement(every)})
 
     return Reward(name, any(m.needs_text for m in members), score)
+
+
+def trained_range(meta: dict[str, Any]) -> tuple[float, float] | None:
+    """What a reward model's note says of its `range`, normalised as its scores are."""
+    norm = meta.get("normalization", {})
+    if "range" not in norm:  # one that other code trained
+        return None
+    low, high = ((bound - norm["mean"]) / norm["std"] for bound in norm["range"])
+    return low, high
+
+
+def length_corrected_reward(
+    name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base: tuple[Path, Loaded] | None = None
+) -> Reward:
+    """A reward less what length explains of it, by the note of a LengthCorrected stage; the reward is logged too."""
+    noted = read_json(folder / LENGTH)
+    reward = stage_reward(noted["reward"], folder.parent / noted["reward"], mesh, tokenizer, base)
+    how = noted["slope"], noted["length"], noted["mean"], noted["std"]
+
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        said = reward.score(rollout, texts)
+        values = without_length(said.total, rollout.response_mask, *how)
+        return said._replace(values=values, tokens=None, parts={**said.parts, "uncorrected": said.total})
+
+    return Reward(name, reward.needs_text, score)
+
+
+@jax.jit
+def without_length(scores: Array, response_mask: Array, slope, length, mean, std) -> jax.Array:
+    """[B] of scores [B] of the answers in response_mask [B, R]: (score - slope · (tokens - length) - mean) / std."""
+    tokens = jnp.sum(response_mask, axis=1, dtype=jnp.float32)
+    return (jnp.asarray(scores, jnp.float32) - slope * (tokens - length) - mean) / std
 
 
 def _member(name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base) -> Reward:
@@ -234,7 +302,8 @@ def on_host_scores(reward: Reward, samples: Rollout, texts: Texts | None, mesh: 
 def mixed_reward(
     name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base: tuple[Path, Loaded] | None = None
 ) -> Reward:
-    """Several rewards as one, by the note of a RewardMix; each is logged as a part."""
+    """Several rewards as one, by the note of a RewardMix; each is logged as a part. It is one of whole answers: what
+    tokens earn is added up."""
     noted = read_json(folder / MIX)
     rewards = []
     for part, said in noted["parts"].items():
@@ -252,7 +321,7 @@ def mixed_reward(
 
     def score(rollout: Rollout, texts: Texts | None) -> Scores:
         said = scores_of(rewards, rollout, texts, mesh)
-        values = [s.values for s in said]
+        values = [s.total for s in said]
         chosen = None
         if how == "by_group":
             assert texts is not None
@@ -299,10 +368,16 @@ def is_head_ensemble(meta: dict[str, Any]) -> bool:
     return "heads" in meta and meta["heads"]["ensemble"]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def combined(how: Combine, lam: float, scores: tuple) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def combined(how: Combine, lam: float, weights: tuple[float, ...], scores: tuple) -> jax.Array:
     """[B] of members' [n, B]."""
-    return combine_scores(jnp.concatenate(scores), how, lam)
+    return combine_scores(jnp.concatenate(scores), how, lam, weights)
+
+
+@jax.jit
+def disagreement(scores: tuple) -> jax.Array:
+    """[B]: the std over members' [n, B]."""
+    return jnp.std(jnp.concatenate(scores).astype(jnp.float32), axis=0)
 
 
 jitted_scores = jax.jit(sequence_scores, static_argnums=0)

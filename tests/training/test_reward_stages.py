@@ -22,7 +22,8 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import bootstrap_weights
 from jrlhf.training.evaluation import Sampler, score
-from jrlhf.training.judging import JudgeReward, check_template, fill, step_ends, verdict_ids
+from jrlhf.rewards.judges import check_template, fill
+from jrlhf.training.judging import JudgeReward, LocalJudge, step_ends, verdict_ids
 from jrlhf.training.rewards import make_reward, process_reward, read_texts
 from jrlhf.training.serve import export
 from jrlhf.training.stages import (
@@ -221,25 +222,29 @@ def test_the_judge_says_the_log_odds_of_its_verdict(left, mesh, answers, rewards
         logp, _ = policy.model.logprobs(policy.params, tokens, jnp.ones_like(tokens, bool))
         expected.append(float(logp[0, -1] - logp[1, -1]))
     np.testing.assert_allclose(rewards("judge")[:3], expected, atol=1e-4)
-    judge = JudgeReward("judge", policy, TEMPLATE, ("is", "honey"), "probability", mesh)
-    chance = judge(texts.prompts, texts.completions, texts.rows)
+    judge = JudgeReward(
+        "judge", LocalJudge("sft", policy, mesh), TEMPLATE, ("is", "honey"), "probability"
+    )
+    chance = judge(texts.prompts, texts.completions, texts.rows).values
     np.testing.assert_allclose(chance, 1 / (1 + np.exp(-rewards("judge"))), atol=1e-6)
 
 
 def test_two_answers_are_compared_in_both_orders(answers, mesh):
     policy, _, _, texts = answers
     template = "{question} {answer_a} is {answer_b}"
-    judge = JudgeReward("judge", policy, template, ("honey", "is"), "log_odds", mesh)
+    asked = LocalJudge("sft", policy, mesh)
+    judge = JudgeReward("judge", asked, template, ("honey", "is"), "log_odds")
     a, b, q = texts.completions[:4], texts.completions[4:8], texts.prompts[:4]
     found = judge.compare(q, a, b)
     np.testing.assert_allclose(found, -judge.compare(q, b, a), atol=1e-5)
-    ab, ba = (
-        judge.log_odds([f"{x} {y} is {z}" for x, y, z in zip(q, *two, strict=True)])
+    said = (
+        asked.verdicts([f"{x} {y} is {z}" for x, y, z in zip(q, *two, strict=True)], ("honey", "is"))
         for two in ((a, b), (b, a))
     )
+    ab, ba = (np.log(p[:, 0] / p[:, 1]) for p in said)
     np.testing.assert_allclose(found, (ab - ba) / 2, atol=1e-5)
-    asked = [{"prompt": p, "answer": ref} for p, ref in zip(q, b, strict=True)]
-    np.testing.assert_allclose(judge(q, a, asked), found, atol=1e-6)
+    rows = [{"prompt": p, "answer": ref} for p, ref in zip(q, b, strict=True)]
+    np.testing.assert_allclose(judge(q, a, rows).values, found, atol=1e-6)
     with pytest.raises(UserError, match="reward 'judge': prompt 1 has no field 'answer'"):
         judge(q, a, [{"prompt": p} for p in q])
 
@@ -283,14 +288,15 @@ def test_a_process_reward_is_put_together_from_the_steps_as_they_were_trained(le
     assert [len(scores) for scores in of_steps] == [2, 1, 0, 2]
     reward = process_reward("process", left["process"], mesh)
     assert (reward.separator, reward.aggregate) == (" .", "product")
-    np.testing.assert_allclose(reward(["?"] * 4, completions, rows[:4]), expected, atol=1e-5)
     ids = [encode(text) for text in completions]
-    by_token = np.zeros((4, 12), np.float32)
+    pays = lambda reward: reward.scores(ids, completions, rows[:4], policy.tokenizer, 12)  # noqa: E731
+    np.testing.assert_allclose(pays(reward).values, expected, atol=1e-5)
+    by_token = np.full((4, 12), np.nan, np.float32)
     for n, places in enumerate(([3, 7], [2], [], [3, 7])):
         by_token[n, places] = of_steps[n]
-    found = reward.token_scores(ids, rows[:4], policy.tokenizer, 12)
-    np.testing.assert_allclose(found, by_token, atol=1e-5)
-    np.testing.assert_allclose(rewards("process"), reward(texts.prompts, texts.completions, rows), atol=1e-5)
+    np.testing.assert_allclose(pays(replace(reward, as_reward="steps")).tokens, by_token, atol=1e-5)
+    products = [np.prod(scores) if len(scores) else 0 for scores in reward.step_scores(texts.completions, rows)]
+    np.testing.assert_allclose(rewards("process"), products, atol=1e-5)
     assert set(results(left["process"])) >= {
         "held_out_step_acc",
         "held_out_first_error",
