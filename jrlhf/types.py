@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray  # batches hold numpy arrays while on the host, jax arrays on the devices
@@ -188,9 +189,13 @@ class Scores(NamedTuple):
     parts: Mapping[str, Array] = {}
     failed: Array | None = None  # [N] bool: could not be scored; the value is what the config says
     timed_out: Array | None = None  # [N] bool: the same, for want of time (not counted in `failed`)
-    tokens: Array | None = (
-        None  # [N, R] float32: what single tokens earn, beside the values (step-wise rewards)
-    )
+    # [N, R] float32: what single tokens earn beside the values (rewards of steps), NaN where nothing is said of one
+    tokens: Array | None = None
+
+    @property
+    def total(self) -> Array:
+        """[N]: what each answer earns in all, by its value and by its tokens."""
+        return self.values if self.tokens is None else self.values + jnp.nansum(self.tokens, axis=1)
 
 
 # A reward is one function, which may be `async`. `rows` are the prompts' full rows (an answer to verify, a gold

@@ -107,6 +107,16 @@ class DPOConfig(ReferencedPairConfig):
     def tail_weight(self) -> float:
         return self.ld_alpha
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.loss not in COUPLED
+
+    @property
+    def reads_certainty(self) -> bool:
+        return (
+            self.loss == "sigmoid" and not self.rpo_alpha
+        )  # which learns a chosen answer as if it were certain
+
     def implicit_reward(self, answers: Answers) -> jax.Array:
         """beta log(pi/ref), of the answer or per token; beta f'(pi/ref) of another divergence."""
         ratios = (
@@ -140,7 +150,7 @@ def preference_loss(config: DPOConfig, answers: Answers) -> jax.Array:
     beta, smoothing = config.beta, config.label_smoothing
     match config.loss:
         case "sigmoid":
-            return dpo_loss(chosen, rejected, 0.0, 0.0, beta, smoothing)[0]
+            return dpo_loss(chosen, rejected, 0.0, 0.0, beta, smoothing, answers.certainty)[0]
         case "hinge" | "exponential" | "square" | "discopop":
             return link_loss(beta * (chosen - rejected), LINKS[config.loss], smoothing)
         case "ipo":

@@ -4,8 +4,11 @@ Bradley-Terry on every pair of a prompt's K ranked answers, all in one batch ele
 (InstructGPT, Ouyang et al. 2022, equation 1; Stiennon et al. 2020). K = 2 is the ordinary pair. Beside it the
 likelihood of the whole ranking, and regression on ratings.
 
-Several heads on one trunk are an ensemble, each on its own bootstrap resample of the prompts, or one for the overall
-preference and one for each criterion of a rubric. Each head has its own loss; theirs is the mean.
+Several heads on one trunk are an ensemble, each on its own bootstrap resample of the prompts; or one for the overall
+preference and one for each criterion of a rubric; or one for each group of people, who need not want the same. Where
+nobody says who belongs together, a mixture finds out: expectation-maximisation over K heads, in which a labeller is of
+one unknown type (Chakraborty et al. 2024, MaxMin-RLHF, algorithm 2, there with hard assignments; Chen et al. 2024, PAL,
+learn a point between the prototypes instead). Each head has its own loss; theirs is the mean.
 """
 
 import math
@@ -14,6 +17,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrlhf.config import UserError, did_you_mean
 from jrlhf.models.transformer import Model
@@ -51,6 +55,10 @@ class RewardModelConfig:
         str, ...
     ] = ()  # of the rows; each gets a head that learns its scores by the same objective
     overall: bool = True  # beside criteria, also a head for the ranks (regression: the `scores`)
+    groups: tuple[
+        str, ...
+    ] = ()  # patterns of labeller ids, such as ("A*", "B*"); each gets a head for its own rows
+    mixture: int = 0  # heads for as many unknown types of labellers (of prompts, where rows name no labeller)
     microbatches: int = 1
 
     def __post_init__(self):
@@ -91,11 +99,22 @@ class RewardModelConfig:
     def _check_heads(self) -> None:
         if self.heads < 1:
             raise UserError(f"heads must be positive, got {self.heads}")
-        if self.heads > 1 and self.criteria:
+        if self.mixture and self.mixture < 2:
+            raise UserError(f"mixture is {self.mixture}: at least 2 heads, or 0 for none")
+        if len(self.groups) == 1 or len({*self.groups}) != len(self.groups):
             raise UserError(
-                "heads and criteria: the heads are an ensemble's or the criteria's; for both, name several reward "
-                "models with criteria in a RewardEnsemble"
+                f"groups must be two or more patterns that differ, got {', '.join(map(repr, self.groups))}; for one "
+                "group alone give the stage `labelers`"
             )
+        kinds = {"heads": self.heads > 1, "criteria": bool(self.criteria)}
+        kinds |= {"groups": bool(self.groups), "mixture": bool(self.mixture)}
+        if len(several := [name for name, given in kinds.items() if given]) > 1:
+            raise UserError(
+                f"{' and '.join(several)}: what the heads are for must be one of them; for more, name several reward "
+                "models in a RewardEnsemble"
+            )
+        if self.mixture and self.objective == "regression":
+            raise UserError("mixture: types of labellers are told apart by their preferences, not by ratings")
         if not self.overall and not self.criteria:
             raise UserError("overall: without it there must be criteria to learn")
         if len({*self.criteria}) != len(self.criteria) or OVERALL in self.criteria:
@@ -109,9 +128,23 @@ class RewardModelConfig:
         return self.ties in ("rao_kupper", "davidson")
 
     @property
+    def reads_certainty(self) -> bool:
+        """Whether rows may say how surely the better answer is the better: soft labels, shares of votes."""
+        return self.objective == "bradley_terry" and not self.models_ties and not self.margins
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether the heads are several opinions of one thing, the overall preference."""
+        return self.heads > 1 or bool(self.groups) or self.mixture > 1
+
+    @property
     def head_names(self) -> tuple[str, ...]:
         if self.heads > 1:
             return tuple(f"head_{n}" for n in range(self.heads))
+        if self.groups:
+            return self.groups
+        if self.mixture:
+            return tuple(f"type_{n}" for n in range(self.mixture))
         return ((OVERALL,) if self.overall else ()) + self.criteria
 
 
@@ -120,7 +153,8 @@ class HeadLabels(NamedTuple):
 
     ranks: Array  # [B, K, n] int32, 0 where there is nothing to learn
     ratings: Array  # [B, K, n] float32, the numbers behind the ranks
-    weights: Array  # [B, n] float32, how often the head's resample holds the prompt
+    weights: Array  # [B, n] float32, how much the prompt counts for the head
+    certainty: Array | None = None  # [B, n] float32, as in PreferenceBatch; None where all are 1
 
 
 def sequence_scores(model: Model, params, tokens_BT, mask_BT) -> jax.Array:
@@ -146,8 +180,9 @@ def head_labels(config: RewardModelConfig, batch: PreferenceBatch) -> HeadLabels
     """The overall ranks for the overall head or for every head of an ensemble; for a criterion's head, the ranks by
     that criterion's scores, of the answers that have one."""
     ranks, ratings = batch.ranks[..., None], batch.margins[..., None]
-    if config.heads > 1:
-        ranks, ratings = (jnp.repeat(x, config.heads, axis=-1) for x in (ranks, ratings))
+    heads = len(config.head_names)
+    if config.ensemble:
+        ranks, ratings = (jnp.repeat(x, heads, axis=-1) for x in (ranks, ratings))
     elif config.criteria:
         known = (batch.ranks > 0)[..., None] & ~jnp.isnan(batch.criteria)
         values = jnp.where(known, batch.criteria, 0.0)
@@ -155,9 +190,12 @@ def head_labels(config: RewardModelConfig, batch: PreferenceBatch) -> HeadLabels
         by_value = jnp.where(known, 1 + jnp.sum(better, axis=2, dtype=jnp.int32), 0)
         own = (ranks, ratings) if config.overall else (ranks[..., :0], ratings[..., :0])
         ranks, ratings = (jnp.concatenate(x, axis=-1) for x in zip(own, (by_value, values), strict=True))
-    resampled = config.heads > 1
-    weights = batch.weights if resampled else jnp.ones((len(ranks), ranks.shape[-1]), jnp.float32)
-    return HeadLabels(ranks, ratings, weights)
+    weights = jnp.ones((1, 1), jnp.float32) if isinstance(batch.weights, tuple) else batch.weights
+    certainty = None
+    if not isinstance(batch.certainty, tuple):
+        of_ranks = np.asarray([name not in config.criteria for name in config.head_names])
+        certainty = jnp.where(of_ranks, jnp.asarray(batch.certainty)[:, None], 1.0)
+    return HeadLabels(ranks, ratings, jnp.broadcast_to(weights, (len(ranks), heads)), certainty)
 
 
 def usable_prompts(config: RewardModelConfig, labels: HeadLabels) -> jax.Array:
@@ -196,24 +234,21 @@ def initial_tie_parameter(config: RewardModelConfig, tie_share: float) -> float:
 
 
 def reward_model_loss(
-    config: RewardModelConfig, model: Model, params, batch: PreferenceBatch, prompts, log_tie=0.0
+    config: RewardModelConfig,
+    model: Model,
+    params,
+    batch: PreferenceBatch,
+    prompts,
+    log_tie=0.0,
+    raters: int = 0,
 ):
     """Mean over heads of the weighted mean over prompts of each prompt's loss.
 
-    prompts [n]: each head's weight of the usable prompts of the global batch (`usable_prompts`, summed).
+    prompts [n]: each head's weight of the usable prompts of the global batch (`total_weight`).
     """
     scores, labels = preference_scores(model, params, batch), head_labels(config, batch)
     weights = usable_prompts(config, labels)
-
-    def pair_loss(scores, ranks, ratings):
-        margins = ratings if config.margins else None
-        return kwise_bradley_terry_loss(scores, ranks, margins, config.label_smoothing, config.ties, log_tie)
-
-    loss, pairs, correct = _over_heads(pair_loss, scores, labels.ranks, labels.ratings)
-    if config.objective == "plackett_luce":
-        loss = _over_heads(plackett_luce_loss, scores, labels.ranks)
-    elif config.objective == "regression":
-        loss = _over_heads(rating_loss, scores, labels.ratings, labels.ranks)
+    loss, pairs, correct = prompt_losses(config, scores, labels, log_tie)
     centering = _over_heads(centering_loss, scores, labels.ranks)
     ordered = _over_heads(lambda ranks: ordered_pairs(ranks)[0], labels.ranks)  # [B, K, K, n]
     gap = scores[:, :, None] - scores[:, None, :]
@@ -226,17 +261,70 @@ def reward_model_loss(
         "rm/acc": mean(correct / jnp.maximum(pairs, 1.0)),
         "rm/margin": mean(masked_mean(gap, ordered, axis=(1, 2))),
     }
-    if config.heads > 1:
+    if config.ensemble:
         spread = jnp.sqrt(masked_var(gap, jnp.ones_like(gap, bool), axis=-1))
         of_prompt = masked_mean(spread, ordered[..., 0], axis=(1, 2))
-        sums["rm/disagreement"] = mean(jnp.repeat(of_prompt[:, None], config.heads, axis=1))
+        sums["rm/disagreement"] = mean(jnp.repeat(of_prompt[:, None], len(config.head_names), axis=1))
+    if config.mixture:
+        sums["evidence"] = jax.lax.stop_gradient(evidence_of(loss, weights, batch.raters, raters))
     return mean(loss) + config.centering * mean(centering), (sums, {})
 
 
+def total_weight(config: RewardModelConfig, labels: HeadLabels) -> jax.Array:
+    """[n]: each head's weight of all usable prompts; 1 where there is none, for it divides."""
+    total = jnp.sum(usable_prompts(config, labels), axis=0)
+    return jnp.where(total > 0, total, 1.0)
+
+
+def prompt_losses(
+    config: RewardModelConfig, scores: Array, labels: HeadLabels, log_tie: Array | float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Each prompt's loss for each head, its pairs and how many of them are ordered right, from scores [B, K, n]: three
+    [B, n] float32."""
+
+    def pair_loss(scores, ranks, ratings, *certainty):
+        margins = ratings if config.margins else None
+        return kwise_bradley_terry_loss(
+            scores, ranks, margins, config.label_smoothing, config.ties, log_tie, *certainty
+        )
+
+    sure = () if labels.certainty is None else (labels.certainty,)
+    loss, pairs, correct = _over_heads(pair_loss, scores, labels.ranks, labels.ratings, *sure)
+    if config.objective == "plackett_luce":
+        loss = _over_heads(plackett_luce_loss, scores, labels.ranks)
+    elif config.objective == "regression":
+        loss = _over_heads(rating_loss, scores, labels.ratings, labels.ranks)
+    return loss, pairs, correct
+
+
+def evidence_of(losses: Array, weights: Array, raters: Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """What rows say of the type of who ranked them: the log-likelihood under each head, summed over the rater's rows
+    [U, n], and the number of these rows [U]. losses and weights [B, n], raters [B] below `count` U.
+
+    A row's log-likelihood is minus its loss, a mean over its pairs: a ranking counts as one comparison.
+    """
+    row = jnp.sum(weights, axis=1, keepdims=True)  # a row's responsibilities sum to 1
+    logp = jnp.where(row > 0, -losses * row, 0.0)
+    add = lambda x: jax.ops.segment_sum(x, raters, count)  # noqa: E731
+    return add(logp), add((row[:, 0] > 0).astype(jnp.float32))
+
+
 def make_reward_model(
-    config: RewardModelConfig, model: Model, optimizer: Optimizer, tie_share: float = 1 / 3
+    config: RewardModelConfig,
+    model: Model,
+    optimizer: Optimizer,
+    tie_share: float = 1 / 3,
+    raters: int = 0,
+    rows_each: float = 1.0,
 ) -> Algorithm:
-    """tie_share: of the pairs, from which a learned tie parameter starts."""
+    """tie_share: of the pairs, from which a learned tie parameter starts.
+
+    raters, rows_each: of a mixture, how many people (or prompts) there are, and on average rows of each. Each step's
+    expectation is over what the rater said in about the last epoch: the log-likelihoods of earlier rows fade by
+    1 - 1 / rows_each with each new one (incremental EM, Neal & Hinton 1998). All types are equally likely beforehand.
+    """
+    if bool(config.mixture) != (raters > 0):
+        raise ValueError(f"a mixture of {config.mixture} types was given {raters} raters")
     if model.heads != len(config.head_names):
         raise ValueError(f"the model has {model.heads} heads for {', '.join(config.head_names)}")
 
@@ -246,21 +334,36 @@ def make_reward_model(
         if config.models_ties and not config.tie_parameter:
             # Named a bias, because weight decay must leave it alone.
             params["tie"] = {"bias": jnp.float32(initial_tie_parameter(config, tie_share))}
-        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen, key)
+        extra: dict | tuple = ()
+        if config.mixture:  # a first guess, without which all heads would learn the same
+            guess = jax.random.normal(jax.random.fold_in(key, 3), (raters, config.mixture), jnp.float32)
+            extra = {"evidence": tuple(2.0 * guess.T)}  # of each type [U]: vectors need no sharding rule
+        return TrainState(jnp.int32(0), params, optimizer.init(params), frozen, key, extra)
 
     def train_step(state: TrainState, batch: PreferenceBatch):
-        prompts = jnp.maximum(jnp.sum(usable_prompts(config, head_labels(config, batch)), axis=0), 1.0)
+        if config.mixture:
+            types = jax.nn.softmax(jnp.stack(state.extra["evidence"], axis=1), axis=1)[batch.raters]
+            rows = 1.0 if isinstance(batch.weights, tuple) else jnp.asarray(batch.weights)
+            batch = batch._replace(weights=rows * types)
+        prompts = total_weight(config, head_labels(config, batch))
 
         def loss(params, rows: PreferenceBatch):
             whole = model.whole(params["policy"], state.ref_params)
             log_tie = log_tie_parameter(config, params)
-            return reward_model_loss(config, model, whole, rows, prompts, log_tie)
+            return reward_model_loss(config, model, whole, rows, prompts, log_tie, raters)
 
         metrics, _, grads = value_and_grad_rows(loss, state.params, batch, config.microbatches)
+        extra = state.extra
+        if config.mixture:
+            evidence, rows = metrics.pop("evidence")
+            fading = (1.0 - 1.0 / max(rows_each, 1.0)) ** rows
+            now = fading[:, None] * jnp.stack(extra["evidence"], axis=1) + evidence
+            extra = {"evidence": tuple(now.T)}
+            metrics["rm/type_certainty"] = jnp.mean(jnp.max(jax.nn.softmax(now, axis=1), axis=1))
         params, opt_state, grad_norm = optimizer.apply(grads, state.opt_state, state.params)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": optimizer.learning_rate(state.step)}
         if config.models_ties:
             metrics["rm/tie_parameter"] = jnp.exp(jnp.float32(log_tie_parameter(config, state.params)))
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state, extra=extra), metrics
 
     return Algorithm(init, None, train_step)

@@ -27,6 +27,7 @@ class Split:
     proxy: Scores | None = None
     kl: Scores | None = None  # nats; log(policy / baseline) of each whole answer
     criteria: Mapping[str, Scores] = field(default_factory=dict)
+    groups: Mapping[str, Scores] = field(default_factory=dict)  # by the gold reward of a group of people
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _labels(keys: list[tuple[str, str]]) -> list[str]:
 # --- one evaluate stage ---------------------------------------------------------------------------------
 
 Column = Sequence[Sequence[float]]  # [P][N]: prompts, answers
-Answers = Mapping[str, Column | None]  # by measure; criteria as "criterion NAME"
+Answers = Mapping[str, Column | None]  # by measure; criteria as "criterion NAME", groups as "group NAME"
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,8 @@ def _answers(policy: str, split: str, scores: Mapping, criteria: Mapping) -> Ans
         found[measure] = column and _finite(column, f"policy {policy!r}, split {split!r}, {measure!r}")
     for name, column in criteria.items():
         found[f"criterion {name}"] = _finite(column, f"criterion {name!r} of {policy!r}")
+    for name, column in (scores.get("groups") or {}).items():
+        found[f"group {name}"] = _finite(column, f"group {name!r} of {policy!r}")
     return found
 
 
@@ -360,14 +363,18 @@ def _policy(arm: _Arm, label: str, stages: Mapping[str, Stage]) -> Policy:
     splits = {}
     for split in every[0]:
         if all(split in there for there in every):
-            criteria = [key for key in every[0][split] if key.startswith("criterion ")]
+            named = {
+                kind: {
+                    key.removeprefix(kind): found
+                    for key in every[0][split]
+                    if key.startswith(kind) and (found := scores(split, key)) is not None
+                }
+                for kind in ("criterion ", "group ")
+            }
             splits[split] = Split(
                 **{measure: scores(split, measure) for measure in ("gold", "length", "ended", "proxy", "kl")},
-                criteria={
-                    key.removeprefix("criterion "): found
-                    for key in criteria
-                    if (found := scores(split, key)) is not None
-                },
+                criteria=named["criterion "],
+                groups=named["group "],
             )
     exact = [file.kl_exact[name] for files in arm.runs.values() for file, name in files]
     return Policy(

@@ -106,6 +106,7 @@ def all_figures(summary: Summary) -> list[Figure]:
             frontier(summary, looks),
             win_rates(summary, looks),
             reward_and_kl(summary, looks),
+            reward_parts(summary, looks),
             learning_curves(summary, looks),
             best_of_n(summary),
             gold_by_split(summary, looks),
@@ -331,6 +332,47 @@ def _comparable(spans: Sequence[tuple[float, float]]) -> bool:
     """Whether the smallest span still fills a quarter of an axis that holds them all."""
     whole = max(high for _, high in spans) - min(low for low, _ in spans)
     return whole == 0 or min(high - low for low, high in spans) / whole > 0.25
+
+
+# Of reward/<name>/mean, what the driver logs of every reward.
+NO_PARTS = ("total", "score", "sampled", "greedy", "tokens")
+
+
+def reward_parts(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """For each policy trained on its own samples: the criteria or other parts of its rewards, against the update."""
+    title = "Parts of the reward while training"
+    panels, findings = [], []
+    for label, _, seeds in _trained(summary, looks):
+        config = seeds[0].config
+        whole = {
+            *NO_PARTS,
+            summary.reward_name,
+            config.get("reward"),
+            config.get("gold"),
+            *config.get("watch", ()),
+        }
+        found = [re.fullmatch(r"reward/([^/]+)/mean", name) for name in _names(seeds)]
+        parts = [match[0] for match in found if match and match[1] not in whole]
+        if not parts:
+            continue
+        canvas, ax = _canvas(2.6, width=4.6)
+        lines, moves = [], []
+        for i, name in enumerate(parts):
+            color, line = SERIES[i % len(SERIES)], LINES[i // len(SERIES) % len(LINES)]
+            part = name.split("/")[1]
+            _, y = _draw_curves(ax, seeds, name, color, line)
+            lines.append((part, Line2D([], [], color=color, ls=line)))
+            moves.append(f"{part} from {number(y[0])} to {number(y[-1])}")
+        ax.set_xlabel("update")
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _y_title(ax, f"{_wrapped(label, 40)}: parts, batch mean")
+        _key(canvas, lines)
+        panels.append((f"parts_{_slug(label)}", canvas, f"{title} {label}"))
+        findings.append(f"{label}: {', '.join(moves)}.")
+    if not panels:
+        return Figure("parts", title, missing="No policy was trained on a reward that has parts.")
+    guide = "Each part in its own units: what a rising reward is made of, and which criterion pays for it."
+    return _figure("parts", title, " ".join(findings), guide, panels)
 
 
 # --- 3. learning curves ---------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def print_table(console: Console, summary: Summary) -> None:
     console.print(Text(seed_note(summary), style="yellow" if summary.seeds < ENOUGH_SEEDS else "dim"))
     for notice in _notes(summary):
         console.print(Text(notice, style="dim"))
+    for found in _alarms(summary):
+        console.print(Text(_alarm_line(found), style="yellow"))
 
 
 def _pairs_table(summary: Summary, pairs: Sequence[Pair]) -> Table:
@@ -193,6 +195,7 @@ def _columns(summary: Summary, rows: Sequence[Row] | None = None) -> list[tuple[
         ("gold", True, lambda r: _cell(r.gold)),
         ("of maximum", any(r.share for r in rows), lambda r: _cell(r.share, percent=True)),
         (f"gain {over}", any(r.gain for r in rows), lambda r: _cell(r.gain, plus=True)),
+        ("gap (from the main split)", any(r.gap for r in rows), lambda r: _cell(r.gap, plus=True)),
         (f"win rate {over}", any(r.win for r in rows), lambda r: _cell(r.win, percent=True)),
         ("KL (nats)", any(r.kl for r in rows), lambda r: ("0", "") if r.is_baseline else _cell(r.kl)),
         ("proxy", any(r.proxy for r in rows), lambda r: _cell(r.proxy)),
@@ -263,6 +266,32 @@ def _notes(summary: Summary) -> list[str]:
     return notes
 
 
+def _alarms(summary: Summary) -> list[dict[str, Any]]:
+    """The stages that raised alarms of reward hacking as they trained, each once, with these in order of time."""
+    out, counted = [], set()
+    for run in summary.runs:
+        for stage in run.stages:
+            results = read_json(stage.folder / "done.json").get("results") or {}
+            if not results.get("alarms") or stage.folder.resolve() in counted:
+                continue
+            counted.add(stage.folder.resolve())
+            ended = {key: results.get(key) for key in ("ended_at", "policy_of_step")}
+            about = {"run": run.name, "stage": stage.name, "seed": stage.seed}
+            out.append(about | ended | {"alarms": sorted(results["alarms"], key=lambda alarm: alarm["step"])})
+    return out
+
+
+def _alarm_line(found: Mapping[str, Any]) -> str:
+    told = ", ".join(
+        f"{a['rule']} {a['value']:.3g} (threshold {a['threshold']:g}) at step {a['step']}"
+        for a in found["alarms"]
+    )
+    end = ""
+    if found["ended_at"] is not None:
+        end = f"; ended at step {found['ended_at']} with the policy of step {found['policy_of_step']}"
+    return f"Alarms of {found['stage']} (seed {found['seed']}): {told}{end}"
+
+
 def _is_best_of_n(summary: Summary, row: Row) -> bool:
     """Its answers were chosen, not sampled from a model of its own: the KL is known and nothing was recorded."""
     return any(
@@ -284,12 +313,12 @@ def _flat(row: Row) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
-        if field.name in ("criteria", "pass_at"):
-            prefix = {"criteria": "criterion_", "pass_at": "pass_at_"}[field.name]
+        if field.name in ("criteria", "groups", "pass_at"):
+            prefix = {"criteria": "criterion_", "groups": "group_", "pass_at": "pass_at_"}[field.name]
             for name, interval in value.items():
                 out |= _limits_of(f"{prefix}{name}", interval)
         elif isinstance(value, Interval) or field.name in (
-            "share", "gain", "win", "proxy", "kl", "zero_variance",
+            "share", "gain", "gap", "win", "proxy", "kl", "zero_variance",
         ):  # fmt: skip
             out |= _limits_of(field.name, value)
         else:
@@ -342,6 +371,7 @@ def _write_json(file: Path, summary: Summary, figures: Sequence[str]) -> None:
             for curve in evaluation.best_of_n
         },
         "seconds": _cost(summary),
+        "alarms": _alarms(summary),
         "figures": list(figures),
     }
     file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -381,6 +411,8 @@ def _html(summary: Summary, figures: list[plots.Figure]) -> str:
             if (rows := [row for row in summary.rows if row.split == split and row not in summary.main])
         ],
         criteria=_criteria(summary),
+        groups=_groups(summary),
+        alarms=[_alarm_line(found) for found in _alarms(summary)],
         figures=[
             (
                 figure,
@@ -475,6 +507,20 @@ def _criteria(summary: Summary) -> dict[str, Any] | None:
     )
     body = [(row.label, [_cell(row.criteria.get(name)) for name in names]) for row in summary.main]
     return {"names": list(zip(names, ranges, strict=True)), "rows": body, "adds_up": total}
+
+
+def _groups(summary: Summary) -> dict[str, Any] | None:
+    """Each group's own gold reward, and that of the group which is worst off. A policy without them has dashes."""
+    names = list(dict.fromkeys(name for row in summary.main for name in row.groups))
+    if not names:
+        return None
+    body = []
+    for row in summary.main:
+        worst = min(row.groups, key=lambda name: row.groups[name].value, default="")
+        value, bounds = _cell(row.groups.get(worst))
+        last = (f"{value} ({worst})", bounds) if worst else (value, bounds)
+        body.append((row.label, [*(_cell(row.groups.get(name)) for name in names), last]))
+    return {"names": names, "rows": body}
 
 
 def _flat_scores(scores: Scores) -> np.ndarray:

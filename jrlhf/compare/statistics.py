@@ -89,6 +89,42 @@ def difference_interval(
     return _interval(x.mean(axis=0) - y.mean(axis=0), tables, confidence)
 
 
+def gap_interval(a: Scores, b: Scores, confidence: float = 0.95) -> Interval:
+    """The mean of `a` minus that of `b`: the same training runs on two sets of prompts, which may differ in number.
+
+    One training run: Welch's t interval over prompts. Several: as for a mean, of the runs' differences.
+    """
+    tables = prompt_means(a), prompt_means(b)
+    runs = len(tables[0])
+    if runs != len(tables[1]):
+        raise ValueError(f"a gap is of the same training runs: {runs} against {len(tables[1])}")
+    x, y = tables
+    value = float(x.mean() - y.mean())
+    # As in `_crossed`; prompts of the two sets are drawn apart, so that their parts add up.
+    prompts, shared, spread = [], [], 0.0
+    for table in tables:
+        size = table.shape[1]
+        if size == 1 and runs == 1:
+            return Interval(value, float("nan"), float("nan"))
+        part = np.var(table.mean(axis=0), ddof=1) / size if size > 1 else 0.0
+        prompts.append(part)
+        spread += part**2 / max(size - 1, 1)
+        if runs > 1:
+            rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+            freedom = (runs - 1) * max(size - 1, 1)
+            shared.append(np.sum(rest**2) / freedom / table.size)
+            spread += shared[-1] ** 2 / freedom
+    between = 0.0
+    if runs > 1:
+        between = np.var(x.mean(axis=1) - y.mean(axis=1), ddof=1) / runs
+        spread += between**2 / (runs - 1)
+    variance = max(between + sum(prompts) - sum(shared), between, sum(prompts))
+    if variance <= 1e-18 * max(1.0, value**2):
+        return Interval(value, value, value)
+    half = stats.t.ppf((1 + confidence) / 2, variance**2 / spread) * np.sqrt(variance)
+    return Interval(value, float(value - half), float(value + half))
+
+
 def win_rate(a: Scores, b: Scores, confidence: float = 0.95, *, paired_runs: bool = True) -> Interval:
     """How often an answer of `a` scores above an answer of `b` to the same prompt. A tie counts half.
 

@@ -10,7 +10,14 @@ import numpy as np
 from jrlhf.compare.evaluations import Evaluation, Policy, Split, read_evaluations
 from jrlhf.compare.pairs import Pair, all_pairs, pair
 from jrlhf.compare.runs import Run, read_run
-from jrlhf.compare.statistics import Interval, Scores, interquartile_mean, mean_interval, rate_interval
+from jrlhf.compare.statistics import (
+    Interval,
+    Scores,
+    gap_interval,
+    interquartile_mean,
+    mean_interval,
+    rate_interval,
+)
 from jrlhf.ops.pass_at_k import is_verdict, pass_at_k, powers_of_two, zero_variance
 
 ENOUGH_SEEDS = 3
@@ -30,12 +37,14 @@ class Row:
     gold: Interval
     share: Interval | None  # of the maximum that the gold reward allows
     gain: Interval | None  # gold minus the baseline's, paired by prompt; None for the baseline
+    gap: Interval | None  # the policy's own gold on the main split minus that on this one; None on the main split
     win: Interval | None  # share of answers above the baseline's by gold, ties half; None for the baseline
     proxy: Interval | None
     kl: Interval | None  # limits are NaN where the value is exact
     length: Interval
     ended: Interval
     criteria: dict[str, Interval]
+    groups: dict[str, Interval]
     pass_at: dict[int, Interval]  # by k; empty but for several answers, each right (gold 1) or wrong (gold 0)
     zero_variance: Interval | None  # share of prompts whose answers are all right or all wrong
     length_right: float | None  # mean over right answers, and over wrong ones; None where there are none
@@ -148,12 +157,14 @@ def _row(evaluation: Evaluation, policy: Policy, name: str) -> Row:
         gold=gold,
         share=gold.scaled(1 / evaluation.gold_max) if has_share and evaluation.gold_max else None,
         gain=against.difference if against else None,
+        gap=_gap(evaluation, policy, name),
         win=against.win if against else None,
         proxy=mean_interval(split.proxy) if split.proxy is not None else None,
         kl=kl,
         length=mean_interval(split.length),
         ended=rate_interval(split.ended),
         criteria={key: mean_interval(scores) for key, scores in split.criteria.items()},
+        groups={key: mean_interval(scores) for key, scores in split.groups.items()},
         **_verified(split, verdicts=_are_verdicts(evaluation, name) and policy.kl_exact is None),
         middle=interquartile_mean(split.gold),
         prompts=len(split.gold[0]),
@@ -161,6 +172,13 @@ def _row(evaluation: Evaluation, policy: Policy, name: str) -> Row:
         answers=int(np.median([len(answers) for answers in split.gold[0]])),
         seeds=len(policy.folders),
     )
+
+
+def _gap(evaluation: Evaluation, policy: Policy, name: str) -> Interval | None:
+    main = policy.splits.get(evaluation.main_split)
+    if name == evaluation.main_split or main is None:
+        return None
+    return gap_interval(main.gold, policy.splits[name].gold)
 
 
 def _are_verdicts(evaluation: Evaluation, name: str) -> bool:

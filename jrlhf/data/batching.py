@@ -8,6 +8,7 @@ assistant turn is always what an engine would be given there (`_encode_in_turns`
 before it and is never one.
 """
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ class PreferenceExample(NamedTuple):
     ranks: np.ndarray  # [K] int32
     margins: np.ndarray  # [K] float32
     criteria: dict[str, list[float]]  # K numbers by name
+    weight: float = 1.0  # how much the row counts
+    certainty: float = 1.0  # that the better of two is the better, 1/2 or more
 
 
 class StepExample(NamedTuple):
@@ -304,7 +307,16 @@ def encode_preference(
         np.asarray(row["ranks"], np.int32),
         np.asarray(row.get("scores", [0.0] * len(answers)), np.float32),
         row.get("criteria", {}),
+        float(row.get("weight", 1.0)),
+        certainty_of(row),
     )
+
+
+def certainty_of(row: dict) -> float:
+    """How surely the better of a preference row's two answers is the better: from 1/2 (a tie) to 1, as of all rows that
+    do not say."""
+    probability = float(row.get("probability", 1.0))
+    return max(probability, 1.0 - probability)
 
 
 def encode_steps(
@@ -452,7 +464,7 @@ def stack_preferences(
 ) -> PreferenceBatch:
     """Encoded preferences as numpy arrays [B, max_responses, max_len]; a missing answer is masked, rank 0.
 
-    criteria: those whose scores are wanted, NaN where a row has none.
+    criteria: those whose scores are wanted, NaN where a row has none. Weights and certainties are () where all are 1.
     """
     B, K, T = len(examples), max_responses, max_len
     tokens = np.full((B, K, T), pad_id, np.int32)
@@ -470,7 +482,18 @@ def stack_preferences(
         for c, name in enumerate(criteria):
             if name in example.criteria:
                 values[b, :k, c] = example.criteria[name]
-    return PreferenceBatch(tokens, mask, response_mask, ranks, margins, values if criteria else ())
+    certainty = np.asarray([e.certainty for e in examples], np.float32)
+    weights = np.asarray([[e.weight] for e in examples], np.float32)
+    return PreferenceBatch(
+        tokens,
+        mask,
+        response_mask,
+        ranks,
+        margins,
+        values if criteria else (),
+        weights if np.any(weights != 1.0) else (),
+        certainty if np.any(certainty != 1.0) else (),
+    )
 
 
 def stack_steps(examples: Sequence[StepExample], max_len: int, pad_id: int = 0) -> StepBatch:
@@ -538,6 +561,26 @@ class Batches:
         epoch, batch = divmod(step, self.steps_per_epoch)
         order = _permutation(self.n_rows, self.seed, (epoch,)) if self.shuffle else np.arange(self.n_rows)
         return order[batch * self.batch_size : (batch + 1) * self.batch_size][self._share]
+
+
+class EasyFirst:
+    """Which prompts belong to which step when the easiest come first: a pure function of (seed, step).
+
+    difficulty: [N], larger is harder; equals are in random order. share: of the prompts, those that may be asked at a
+    step; a batch is drawn from them uniformly, each at most once (Platanios et al. 2019, algorithm 1). There are always
+    enough to fill a batch.
+    """
+
+    def __init__(self, difficulty: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
+        if len(difficulty) < batch_size:
+            raise UserError(f"{len(difficulty)} rows do not fill one batch of {batch_size}. Lower batch_size.")
+        self._order = np.lexsort((_permutation(len(difficulty), seed, (0, 2)), difficulty))
+        self.batch_size, self.seed, self._share = batch_size, seed, share
+
+    def indices(self, step: int) -> np.ndarray:
+        """Row numbers at `step` (from 0, without end): [batch_size] int64."""
+        eligible = max(self.batch_size, math.ceil(self._share(step) * len(self._order)))
+        return self._order[_permutation(eligible, self.seed, (step, 1))[: self.batch_size]]
 
 
 class StreamBatches:

@@ -455,7 +455,8 @@ def _ranking(record: dict, place: str, report: Report) -> Iterator[dict]:
         raise Unfit("'responses' are not at least two")
     ranks = _parsed(record["ranks"])
     row = {"prompt": _spoken(record["prompt"], place), "responses": [_spoken(a, place) for a in answers]}
-    more = {k: _parsed(record[k]) for k in ("scores", "criteria", "labeler") if record.get(k) is not None}
+    told = ("scores", "criteria", "labeler", "weight", "probability")
+    more = {k: _parsed(record[k]) for k in told if record.get(k) is not None}
     yield _usable({**row, "ranks": ranks, **more, **_tools(record)})
 
 
@@ -666,7 +667,7 @@ KINDS_FROM: Mapping[str, tuple[str, ...]] = {
     "binary": ("binary", "demonstration", "prompt", "steps"),  # an outcome is the label of an only step
     "steps": ("steps", "prompt"),
 }
-_ONLY_PREFERENCE = ("responses", "ranks", "scores", "criteria", "labeler")
+_ONLY_PREFERENCE = ("responses", "ranks", "scores", "criteria", "labeler", "weight", "probability")
 
 
 def _as_kind(row: dict, kind: str, wanted: str) -> dict:

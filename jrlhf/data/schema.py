@@ -24,7 +24,7 @@ SCHEMAS: Mapping[str, tuple[str, ...]] = {
 }
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "demonstration": ("messages", "tools"),
-    "preference": ("scores", "criteria", "labeler", "ended", "tools"),
+    "preference": ("scores", "criteria", "labeler", "ended", "tools", "weight", "probability"),
     "binary": ("tools",),
     "steps": ("tools",),
     "prompt": ("answer", "tools"),
@@ -151,12 +151,42 @@ def _check_preference(row: dict, place: str) -> None:
         raise UserError(
             f"{place}: field 'ended' must be a list of {len(responses)} booleans, one per response."
         )
+    _check_weight(row, place)
     criteria = row.get("criteria", {})
     if not isinstance(criteria, dict):
         raise UserError(f"{place}: field 'criteria' must map a name to one number per response.")
     scores = {"scores": row["scores"]} if "scores" in row else {}
     for name, values in {**scores, **{f"criteria.{k}": v for k, v in criteria.items()}}.items():
         _check_numbers(values, name, len(responses), place, (int, float))
+
+
+def rounded_ranks(probability: float) -> list[int]:
+    """The ranks of two answers of which the first is preferred with this probability; one half is a tie."""
+    return [1 + int(probability < 0.5), 1 + int(probability > 0.5)]
+
+
+def _check_weight(row: dict, place: str) -> None:
+    """`weight`, how much the row counts, and `probability`, that the first of two answers is preferred."""
+    for name, most in (("weight", math.inf), ("probability", 1.0)):
+        if name not in row:
+            continue
+        value = row[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not 0 <= value <= most:
+            wanted = "from 0 to 1" if name == "probability" else "of at least 0"
+            raise UserError(f"{place}: field {name!r} is {value!r}, expected a number {wanted}.")
+    if "probability" not in row:
+        return
+    if (answers := len(row["responses"])) != 2:
+        raise UserError(
+            f"{place}: field 'probability' says how surely the first of two answers is preferred; the row has "
+            f"{answers}."
+        )
+    if row["ranks"] != (ranks := rounded_ranks(row["probability"])):
+        raise UserError(
+            f"{place}: field 'probability' is {row['probability']}, which contradicts 'ranks' {row['ranks']}: they "
+            f"must be its rounding, {ranks} (one half is a tie)."
+        )
 
 
 def _check_steps(row: dict, place: str) -> None:

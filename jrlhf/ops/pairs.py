@@ -25,6 +25,10 @@ class Answers(NamedTuple):
     lengths: jax.Array  # [B, K] float32, tokens of each answer
     ranks: jax.Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer (of pairs: 1, 2)
     mean_lengths: jax.Array  # [K] float32, over the *global* batch, of which this may be a microbatch
+    weights: jax.Array | float = 1.0  # [B] float32, how much each row counts
+    certainty: jax.Array | float = (
+        1.0  # [B] float32, that the first answer of a pair is the better; 1/2 is a tie
+    )
 
     @property
     def mean_logps(self) -> jax.Array:
@@ -43,7 +47,7 @@ class Answers(NamedTuple):
         return -self.logps[:, 0] / jnp.maximum(self.mean_lengths[0], 1.0)
 
 
-# Answers -> [B] float32, of which the mean over the global batch is minimised.
+# Answers -> [B] float32, of which the mean over the global batch, weighted by `Answers.weights`, is minimised.
 PreferenceLoss = Callable[[Answers], jax.Array]
 
 
@@ -90,6 +94,16 @@ class PairConfig:
     def tail_weight(self) -> float:
         """`tail_weight` of `answer_logprobs`."""
         return 1.0
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether pairs may count differently (`PairBatch.weights`)."""
+        return self.learns_from == "pairs"
+
+    @property
+    def reads_certainty(self) -> bool:
+        """Whether a pair may say how surely its first answer is the better (`PairBatch.certainty`)."""
+        return False
 
     def implicit_reward(self, answers: Answers) -> jax.Array:
         """The reward that the policy implies for each answer, [B, K]: what accuracies and margins are measured by."""
@@ -152,10 +166,27 @@ def answer_lengths(batch: PairBatch | RankedBatch | PreferenceBatch) -> jax.Arra
 
 
 def ranks_of(batch: PairBatch | RankedBatch) -> jax.Array:
-    """[B, K] int32; of pairs (1, 2)."""
+    """[B, K] int32; of pairs (1, 2), but (1, 1) of one on which the labels are evenly divided."""
     if isinstance(batch, RankedBatch):
         return jnp.asarray(batch.ranks)
-    return jnp.broadcast_to(jnp.array([1, 2], jnp.int32), batch.tokens.shape[:2])
+    ranks = jnp.broadcast_to(jnp.array([1, 2], jnp.int32), batch.tokens.shape[:2])
+    if isinstance(batch.certainty, tuple):
+        return ranks
+    return jnp.where((batch.certainty == 0.5)[:, None], 1, ranks)
+
+
+def weights_of(batch: PairBatch | RankedBatch) -> jax.Array:
+    """How much each row counts, [B] float32."""
+    if isinstance(batch, RankedBatch) or isinstance(batch.weights, tuple):
+        return jnp.ones(batch.tokens.shape[:1], jnp.float32)
+    return jnp.asarray(batch.weights)
+
+
+def certainty_of(batch: PairBatch | RankedBatch) -> jax.Array | float:
+    """How surely each pair's first answer is the better, [B] float32, or 1."""
+    if isinstance(batch, RankedBatch) or isinstance(batch.certainty, tuple):
+        return 1.0
+    return jnp.asarray(batch.certainty)
 
 
 def answers_of(
@@ -167,15 +198,21 @@ def answers_of(
 
 
 def mean_lengths(batch: PairBatch | RankedBatch) -> jax.Array:
-    """Over the prompts of a batch, [K] float32; padding answers do not count."""
-    lengths = answer_lengths(batch)
-    count = jnp.sum(lengths > 0, axis=0, dtype=jnp.float32)
-    return jnp.sum(lengths, axis=0) / jnp.maximum(count, 1.0)
+    """Over the prompts of a batch, each as much as it counts, [K] float32; padding answers do not."""
+    lengths, weights = answer_lengths(batch), weights_of(batch)[:, None]
+    count = jnp.sum(jnp.where(lengths > 0, weights, 0.0), axis=0)
+    return jnp.sum(lengths * weights, axis=0) / positive(count)
+
+
+def positive(total: jax.Array) -> jax.Array:
+    """A sum of weights to divide by: where it is 0, so is what it divides, and it is 1."""
+    return jnp.where(total > 0, total, 1.0)
 
 
 def read(logps: jax.Array, rows: PairBatch | RankedBatch, global_mean_lengths: jax.Array) -> Answers:
     ref_logps = jnp.asarray(rows.ref_logprobs)
-    return Answers(logps, ref_logps, answer_lengths(rows), ranks_of(rows), global_mean_lengths)
+    of_pairs = weights_of(rows), certainty_of(rows)
+    return Answers(logps, ref_logps, answer_lengths(rows), ranks_of(rows), global_mean_lengths, *of_pairs)
 
 
 def pair_algorithm(
@@ -185,8 +222,8 @@ def pair_algorithm(
     optimizer: Optimizer,
     coupled: bool = False,
 ) -> Algorithm:
-    """The algorithm that minimises the mean of `loss` over the batch, as `Algorithm` of PairBatches (of RankedBatches,
-    where the config learns from rankings).
+    """The algorithm that minimises the (weighted) mean of `loss` over the batch, as `Algorithm` of PairBatches (of
+    RankedBatches, where the config learns from rankings).
 
     `init(params, ref_params, key)`: parameters of the policy, those of the reference, and the base key.
 
@@ -231,15 +268,16 @@ def pair_algorithm(
 
     def train_step(state: TrainState, batch: PairBatch | RankedBatch):
         state, batch = with_reference(state, batch)
-        prompts = jnp.float32(batch.tokens.shape[0])
+        weights = weights_of(batch)
+        prompts = positive(jnp.sum(weights))
         before, _ = ordered_pairs(ranks_of(batch))
-        with_order = jnp.maximum(jnp.sum(jnp.any(before, axis=(1, 2)), dtype=jnp.float32), 1.0)
+        with_order = positive(jnp.sum(jnp.where(jnp.any(before, axis=(1, 2)), weights, 0.0)))
         over_tokens = mean_lengths(batch)
 
         def objective(logps: jax.Array, rows: PairBatch | RankedBatch) -> tuple[jax.Array, dict]:
             """(loss, metrics), each already divided by what the whole batch holds."""
             answers = read(logps, rows, over_tokens)
-            value = jnp.sum(loss(answers), dtype=jnp.float32) / prompts
+            value = jnp.sum(loss(answers) * answers.weights, dtype=jnp.float32) / prompts
             sums = pair_metrics(config.implicit_reward(answers), answers, with_order)
             return value, {"pref/loss": value} | sums
 
@@ -268,15 +306,14 @@ def pair_algorithm(
 
 
 def pair_metrics(rewards: jax.Array, answers: Answers, with_order: jax.Array) -> dict[str, jax.Array]:
-    """Of implicit rewards [B, K]: each prompt's mean over its ordered pairs, summed over prompts and divided by
-    `with_order`, the number of prompts that have such a pair."""
+    """Of implicit rewards [B, K]: each prompt's mean over its ordered pairs, summed over prompts by their weights and
+    divided by `with_order`, the weight of the prompts that have such a pair."""
     before, _ = ordered_pairs(answers.ranks)
     pairs = jnp.maximum(jnp.sum(before, axis=(1, 2), dtype=jnp.float32), 1.0)
 
     def mean(x: jax.Array) -> jax.Array:  # [B, K, K], of (better answer, worse answer)
-        return (
-            jnp.sum(jnp.sum(jnp.where(before, x.astype(jnp.float32), 0.0), axis=(1, 2)) / pairs) / with_order
-        )
+        of_prompt = jnp.sum(jnp.where(before, x.astype(jnp.float32), 0.0), axis=(1, 2)) / pairs
+        return jnp.sum(of_prompt * answers.weights) / with_order
 
     better, worse = rewards[:, :, None], rewards[:, None, :]
     return jax.lax.stop_gradient(

@@ -57,12 +57,19 @@ LINKS: dict[str, Callable[[Array], jax.Array]] = {
 
 
 def link_loss(
-    margin: Array, link: Callable[[Array], jax.Array] = logistic_link, label_smoothing: float = 0.0
+    margin: Array,
+    link: Callable[[Array], jax.Array] = logistic_link,
+    label_smoothing: float = 0.0,
+    certainty: Scalar = 1.0,
 ) -> jax.Array:
-    """(1 - ε)·f(m) + ε·f(-m), [N] -> [N].
+    """p·f(m) + (1 - p)·f(-m), [N] -> [N], where p is certainty·(1 - ε) + (1 - certainty)·ε.
 
-    `label_smoothing` ε is the assumed probability that a label is flipped (conservative DPO, Mitchell 2023).
+    `label_smoothing` ε is the assumed probability that a label is flipped (conservative DPO, Mitchell 2023);
+    `certainty` [N] says of each pair how probable it is that the chosen answer is the better, such as a share of votes.
     """
+    if not isinstance(certainty, float):
+        sure = certainty * (1.0 - label_smoothing) + (1.0 - certainty) * label_smoothing
+        return jnp.asarray(sure * link(margin) + (1.0 - sure) * link(-margin))
     if not label_smoothing:
         return link(margin)
     return (1.0 - label_smoothing) * link(margin) + label_smoothing * link(-margin)
@@ -90,14 +97,15 @@ def dpo_loss(
     ref_rejected: Scalar,
     beta: Scalar,
     label_smoothing: float = 0.0,
+    certainty: Scalar = 1.0,
 ) -> tuple[jax.Array, Array, Array]:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7), four [N] -> three [N].
 
     Returns (loss, implicit rewards of the chosen, of the rejected); the rewards β log(π/π_ref) carry no gradient.
-    `label_smoothing` as in `link_loss`.
+    `label_smoothing` and `certainty` as in `link_loss`.
     """
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    loss = link_loss(chosen - rejected, logistic_link, label_smoothing)
+    loss = link_loss(chosen - rejected, logistic_link, label_smoothing, certainty)
     return loss, jax.lax.stop_gradient(chosen), jax.lax.stop_gradient(rejected)
 
 

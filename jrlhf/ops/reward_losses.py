@@ -13,7 +13,7 @@ from jrlhf.types import Array
 
 Scalar = Array | float
 Ties = Literal["half", "drop", "rao_kupper", "davidson"]
-Combine = Literal["mean", "min", "mean_minus_variance"]
+Combine = Literal["mean", "min", "mean_minus_variance", "vote"]
 Aggregate = Literal["min", "product", "last", "mean"]
 
 
@@ -77,6 +77,7 @@ def kwise_bradley_terry_loss(
     label_smoothing: float = 0.0,
     ties: Ties = "half",
     tie_parameter: Scalar = 0.0,
+    certainty: Scalar = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Bradley-Terry over all pairs of a prompt's K answers (Ouyang et al. 2022, eq. 1).
 
@@ -88,7 +89,13 @@ def kwise_bradley_terry_loss(
     least, log 2, at equal scores); "drop" leaves them out, so that correct / pairs is the plain accuracy; "rao_kupper"
     and "davidson" give a tie a probability of its own, with `tie_parameter` log θ or log nu. Where tied pairs count,
     they count half as correct. `label_smoothing` exchanges wins with losses and leaves ties alone.
+
+    certainty [B] or a number: the probability, of 1/2 or more, that what is ranked before is the better: the soft label
+    of -p log s(m) - (1 - p) log s(-m), such as a share of votes. 1 - ε is `label_smoothing` ε of that row alone. The
+    models of ties have no place for it (ValueError).
     """
+    if ties in ("rao_kupper", "davidson") and not isinstance(certainty, float):
+        raise ValueError(f"ties {ties!r} gives a tie a probability of its own and reads no certainty")
     before, tied = ordered_pairs(ranks)
     scores = jnp.where(ranks > 0, scores.astype(jnp.float32), 0.0)
     difference = scores[:, :, None] - scores[:, None, :]
@@ -100,7 +107,9 @@ def kwise_bradley_terry_loss(
         of_order, of_tie = -(1.0 - label_smoothing) * win - label_smoothing * lose, -tie
     else:
         margin = 0.0 if margins is None else margins[:, :, None] - margins[:, None, :]
-        of_order = binary_cross_entropy(difference - margin, 1.0 - label_smoothing)
+        sure = jnp.reshape(jnp.asarray(certainty, jnp.float32), (-1, 1, 1))
+        target = (1.0 - label_smoothing) * sure + label_smoothing * (1.0 - sure)
+        of_order = binary_cross_entropy(difference - margin, target)
         of_tie = binary_cross_entropy(difference, 0.5)
     counted = before if ties == "drop" else before | tied
     losses = jnp.where(before, of_order, jnp.where(counted, of_tie, 0.0))
@@ -187,14 +196,28 @@ def aggregate_steps(logits: Array, ends: Array, how: Aggregate) -> jax.Array:
 # --- ensembles ----------------------------------------------------------------------------------------------
 
 
-def combine_scores(scores: Array, how: Combine, lam: float = 0.0) -> jax.Array:
+def combine_scores(
+    scores: Array, how: Combine, lam: float = 0.0, weights: tuple[float, ...] = ()
+) -> jax.Array:
     """One reward from those of M ensemble members, [M, B] -> [B] float32 (Coste et al. 2023, §3; Eisenstein et al.
     2023).
 
-    "mean"; "min", worst-case optimisation; "mean_minus_variance", uncertainty-weighted: mean - λ · population variance.
+    "mean"; "min", worst-case optimisation, over groups that of the worst-off (Chakraborty et al. 2024, MaxMin-RLHF);
+    "mean_minus_variance", uncertainty-weighted: mean - λ · population variance; "vote": the mean of Φ(score).
+
+    A single answer has no rivals to be ranked against, so a member votes on it against a fixed field: of scores that
+    have mean 0 and std 1 over reference answers, Φ(score) is the share of these that it beats, if they are normal. That
+    is its Borda count there. It is bounded: no member outvotes the others by the scale of its scores.
+
+    weights: of the members in "mean" and "vote", of any positive sum; () is equal.
     """
     scores = jnp.asarray(scores, jnp.float32)
     if how == "min":
         return jnp.min(scores, axis=0)
+    if how == "vote":
+        scores = jax.scipy.special.ndtr(scores)
+    if weights:
+        share = jnp.asarray(weights, jnp.float32)
+        return jnp.tensordot(share / jnp.sum(share), scores, axes=1)
     mean = jnp.mean(scores, axis=0)
-    return mean if how == "mean" else mean - lam * jnp.var(scores, axis=0)
+    return mean if how in ("mean", "vote") else mean - lam * jnp.var(scores, axis=0)

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from jrlhf.data.batching import (
     stack_steps,
 )
 from jrlhf.data.chat import prompt_text
+from jrlhf.data.labelers import rater_of
 from jrlhf.data.report import Report
 from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
@@ -84,8 +86,8 @@ def prompt_ids(
     return kept, ids
 
 
-def _with_row(row: dict, tokens: np.ndarray | None):
-    return None if tokens is None else (row, tokens)
+def _with_row(row: dict, encoded: Any):
+    return None if encoded is None else (row, encoded)
 
 
 def in_eval_share(prompt: str, fraction: float) -> bool:
@@ -112,23 +114,27 @@ def preference_arrays(
     console: Console,
     label: str = "preferences",
     criteria: tuple[str, ...] = (),
+    told: Callable[[list[dict]], dict[str, np.ndarray]] | None = None,
 ) -> PreferenceBatch:
     """All preference rows of at most `limit` tokens as one [N, K, T] batch, T being the longest of them.
 
-    criteria: those whose scores are wanted; UserError where no row has one.
+    criteria: those whose scores are wanted; UserError where no row has one. told: what further fields of the batch the
+    rows that fit have (`group_weights`, ...).
     """
     known = {name for row in rows for name in row.get("criteria", {})}
     for name in criteria:
         if name not in known:
             raise UserError(f"{label}: no row has the criterion {name!r}.{did_you_mean(name, known)}")
     encode = partial(encode_preference, tokenizer=tokenizer, max_len=limit, too_long=too_long)
-    examples, report = encode_rows(rows, encode, label)
+    encoded, report = encode_rows(rows, lambda row, report: _with_row(row, encode(row, report=report)), label)
     if report.dropped or report.changed:
         console.print(f"  {report}", highlight=False)
+    examples = [example for _, example in encoded]
     longest = max(len(a.ids) for e in examples for a in e.answers)
     widest = max(len(e.answers) for e in examples)
     length = min(-(-longest // 8) * 8, limit)
-    return stack_preferences(examples, length, widest, tokenizer.pad_id, criteria)
+    batch = stack_preferences(examples, length, widest, tokenizer.pad_id, criteria)
+    return batch._replace(**told([row for row, _ in encoded])) if told else batch
 
 
 def step_arrays(
@@ -160,24 +166,72 @@ def bootstrap_weights(batch: PreferenceBatch, heads: int, key: jax.Array) -> np.
     number = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     draw = lambda h: jax.random.randint(jax.random.fold_in(key, h), (len(number),), 0, len(number))  # noqa: E731
     counts = [np.bincount(np.asarray(draw(h)), minlength=len(number)) for h in range(heads)]
-    return np.stack(counts, axis=1)[[number[text] for text in texts]].astype(np.float32)
+    drawn = np.stack(counts, axis=1)[[number[text] for text in texts]].astype(np.float32)
+    return drawn if isinstance(batch.weights, tuple) else drawn * batch.weights
 
 
-def pair_arrays(batch: PreferenceBatch, which: str) -> PairBatch:
-    """Ordered pairs of a preference batch: "all" of them, or the "best_worst" of each prompt. Ties make none."""
+def group_weights(rows: list[dict], groups: tuple[str, ...], where: str) -> np.ndarray:
+    """[N, n] float32: the row's `weight` (or 1) in the column of its labeller's group, 0 in the others.
+
+    UserError for a row whose labeller belongs to no group or to several.
+    """
+    weights = np.zeros((len(rows), len(groups)), np.float32)
+    for n, row in enumerate(rows):
+        name = rater_of(row, f"{where} row {n + 1}", "algorithm.groups")
+        fits = [g for g, pattern in enumerate(groups) if fnmatchcase(name, pattern)]
+        if len(fits) != 1:
+            found = " and ".join(repr(groups[g]) for g in fits) or "none"
+            raise UserError(
+                f"{where} row {n + 1}: the labeller {name!r} must match one of algorithm.groups "
+                f"({', '.join(map(repr, groups))}), and matches {found}."
+            )
+        weights[n, fits[0]] = row.get("weight", 1.0)
+    return weights
+
+
+def pair_arrays(batch: PreferenceBatch, which: str, even: bool = False) -> PairBatch:
+    """Ordered pairs of a preference batch: "all" of them, or the "best_worst" of each prompt. Ties make none.
+
+    even: a pair of certainty 1/2, on which the labels are evenly divided, is one all the same.
+    """
     ranks = np.asarray(batch.ranks)
-    n, chosen, rejected = np.nonzero((ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0))
+    before = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)
+    n, chosen, rejected = np.nonzero(before)
     if which == "best_worst":
         best = np.argmin(np.where(ranks > 0, ranks, np.iinfo(np.int32).max), axis=1)
         worst = np.argmax(ranks, axis=1)
         n = np.flatnonzero(ranks[np.arange(len(ranks)), best] < ranks[np.arange(len(ranks)), worst])
         chosen, rejected = best[n], worst[n]
+    if even and not isinstance(batch.certainty, tuple):
+        # Both, for a probability just off 1/2 rounds to it in float32.
+        divided = np.flatnonzero((np.asarray(batch.certainty) == 0.5) & (ranks[:, 0] == ranks[:, 1]))
+        n = np.concatenate([n, divided])
+        order = np.argsort(n, kind="stable")
+        chosen = np.concatenate([chosen, np.zeros_like(divided)])[order]
+        n, rejected = n[order], np.concatenate([rejected, np.ones_like(divided)])[order]
     if not len(n):
         raise UserError("the preferences hold no ordered pair: every answer is tied")
     pick = lambda x: np.stack([x[n, chosen], x[n, rejected]], axis=1)  # noqa: E731
     return PairBatch(
-        pick(batch.tokens), pick(batch.mask), pick(batch.response_mask), np.zeros((len(n), 2), np.float32)
+        pick(batch.tokens),
+        pick(batch.mask),
+        pick(batch.response_mask),
+        np.zeros((len(n), 2), np.float32),
+        batch.weights if isinstance(batch.weights, tuple) else np.asarray(batch.weights)[n, 0],
+        batch.certainty if isinstance(batch.certainty, tuple) else np.asarray(batch.certainty)[n],
     )
+
+
+def check_plain(rows: list[dict], fields: tuple[str, ...], who: str) -> None:
+    """UserError for a row that says, in one of `fields` ("weight", "probability"), what `who` would not hear."""
+    plain = {"weight": (1,), "probability": (0, 1)}
+    for n, row in enumerate(rows, 1):
+        for name in fields:
+            if name in row and row[name] not in plain[name]:
+                raise UserError(
+                    f"preferences row {n} has {name!r} {row[name]:g}, which {who} cannot use. Aggregate the votes with "
+                    "method 'majority' (and weight 'one'), or choose an algorithm that reads it (docs/people.md)."
+                )
 
 
 def take(arrays: Any, index: np.ndarray) -> Any:
@@ -312,8 +366,10 @@ def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
 def best_and_worst(rows: list[dict]) -> list[dict]:
     """Binary rows of preference rows: the best answers to each prompt are desirable, the worst undesirable.
 
-    Answers between them, and rows whose answers are all tied, are left out.
+    Answers between them, and rows whose answers are all tied, are left out. UserError for rows with a weight or a soft
+    label, which a single labelled answer cannot carry.
     """
+    check_plain(rows, ("weight", "probability"), "an algorithm on single labelled answers")
     found = []
     for row in rows:
         best, worst = min(row["ranks"]), max(row["ranks"])

@@ -165,13 +165,14 @@ several_losses = jax.jit(
 )
 
 
-def with_heads(batch, heads=3):
-    """Resamples of the prompts, and two criteria of which some rows lack one."""
+def with_heads(batch, config):
+    """Resamples of the prompts for an ensemble, and two criteria of which some rows lack one."""
     rng = np.random.default_rng(9)
     criteria = rng.integers(0, 3, (*batch.ranks.shape, 2)).astype(np.float32)
     criteria[::5, :, 0] = np.nan
     criteria[batch.ranks == 0] = np.nan
-    return batch._replace(weights=rng.poisson(1.0, (ROWS, heads)).astype(np.float32), criteria=criteria)
+    draws = rng.poisson(1.0, (ROWS, config.heads)).astype(np.float32)
+    return batch._replace(weights=draws if config.heads > 1 else (), criteria=criteria)
 
 
 def only_head(params, head):
@@ -188,8 +189,8 @@ def prompts_of(config, batch):
 
 def test_each_head_of_an_ensemble_learns_its_own_resample(batches):
     """The ensemble's loss is the mean over heads of a single model's on the rows as often as they were drawn."""
-    batch, params = with_heads(batches[4], 2), fake_params(TWO)
     config, single = RewardModelConfig(heads=2, centering=0.1), RewardModelConfig(centering=0.1)
+    batch, params = with_heads(batches[4], config), fake_params(TWO)
     expected = []
     for head in range(2):
         rows = np.repeat(np.arange(ROWS), batch.weights[:, head].astype(int))
@@ -204,7 +205,7 @@ def test_each_head_of_an_ensemble_learns_its_own_resample(batches):
 
 
 def test_each_criterion_has_a_head_that_learns_its_order(batches):
-    batch, params = with_heads(batches[4]), fake_params(TWO)
+    batch, params = with_heads(batches[4], ONLY_CRITERIA), fake_params(TWO)
     expected = []
     for c in range(2):
         known = ~np.isnan(batch.criteria[..., c])
@@ -218,7 +219,7 @@ def test_each_criterion_has_a_head_that_learns_its_order(batches):
 
 
 def test_regression_is_the_mean_squared_error_of_known_ratings(batches):
-    batch, params = with_heads(batches[4]), fake_params(THREE)
+    batch, params = with_heads(batches[4], RUBRIC), fake_params(THREE)
     loss, _ = several_losses(RUBRIC, THREE, params, batch, prompts_of(RUBRIC, batch))
     scores = np.asarray(jax.jit(lambda p, b: preference_scores(THREE, p, b))(params, batch))
     targets = np.concatenate([batch.margins[..., None], batch.criteria], axis=-1)
@@ -234,7 +235,7 @@ def test_regression_is_the_mean_squared_error_of_known_ratings(batches):
 
 @pytest.fixture(scope="module")
 def several(batches):
-    return {config: several_step(config, with_heads(batches[4])) for config in (ENSEMBLE, RUBRIC)}
+    return {config: several_step(config, with_heads(batches[4], config)) for config in (ENSEMBLE, RUBRIC)}
 
 
 def several_step(config, batch, mesh=None):
@@ -244,7 +245,7 @@ def several_step(config, batch, mesh=None):
 @pytest.mark.parametrize("config", [ENSEMBLE, RUBRIC], ids=["ensemble", "rubric"])
 def test_several_heads_do_not_depend_on_the_layout(several, config):
     order = np.random.default_rng(0).permutation(ROWS)
-    batch = jax.tree.map(lambda x: x[order], with_heads(make_batch(4)))
+    batch = jax.tree.map(lambda x: x[order], with_heads(make_batch(4), config))
     left = make_batch(4, side="left", pad_id=17)
     batch = batch._replace(
         tokens=left.tokens[order], mask=left.mask[order], response_mask=left.response_mask[order]
@@ -257,7 +258,7 @@ def test_several_heads_do_not_depend_on_the_layout(several, config):
 
 @pytest.mark.parametrize(("config", "mesh"), [(ENSEMBLE, "all"), (RUBRIC, None)], ids=["ensemble", "rubric"])
 def test_several_heads_in_microbatches_and_on_a_mesh(several, batches, config, mesh):
-    parts = several_step(replace(config, microbatches=2), with_heads(batches[4]), mesh)
+    parts = several_step(replace(config, microbatches=2), with_heads(batches[4], config), mesh)
     assert_close((parts.metrics, parts.gradient), (several[config].metrics, several[config].gradient))
 
 

@@ -17,7 +17,14 @@ from jrlhf.ops.pairs import PairConfig, answers_of, pair_logprobs
 from jrlhf.optim import build_optimizer
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
-from jrlhf.training.data import in_chunks, pair_arrays, preference_arrays, rows_of, split_by_prompt
+from jrlhf.training.data import (
+    check_plain,
+    in_chunks,
+    pair_arrays,
+    preference_arrays,
+    rows_of,
+    split_by_prompt,
+)
 from jrlhf.training.evaluation import chunk_rows, criteria_accuracy
 from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
@@ -53,6 +60,12 @@ class DirectAlignment(AlignmentStage):
     def of_rankings(self) -> bool:
         return self.algorithm.learns_from == "rankings"
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Fields of preference rows that the algorithm cannot use."""
+        reads = {"weight": self.algorithm.reads_weights, "probability": self.algorithm.reads_certainty}
+        return tuple(name for name, is_read in reads.items() if not is_read)
+
     def plan(self, ctx):
         plan = preference_plan(self, ctx, "" if self.of_rankings else self.pairs)
         return with_references(plan, self, start_config(ctx.stages, self.start))
@@ -66,7 +79,9 @@ class DirectAlignment(AlignmentStage):
             beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 1))
             trained = beginning.model
             whole = lambda state: trained.whole(state.params["policy"], beginning.frozen)  # noqa: E731
-            train_rows, held_rows = split_by_prompt(preference_rows(self, ctx), self.eval_fraction)
+            rows = preference_rows(self, ctx)
+            check_plain(rows, self.unread, f"{type(self.algorithm).__name__} as it is set")
+            train_rows, held_rows = split_by_prompt(rows, self.eval_fraction)
             check_length(self.max_length, model, "max_length")
             limit = self.max_length or model.config.context
             ranked, answers = (
@@ -79,7 +94,9 @@ class DirectAlignment(AlignmentStage):
             # Held-out accuracy is that of ordered pairs, whatever is learned from, and against the start.
             held = score(pair_arrays(answers, self.pairs))
             batch: PairBatch | RankedBatch = (
-                rankings(ranked) if self.of_rankings else pair_arrays(ranked, self.pairs)
+                rankings(ranked)
+                if self.of_rankings
+                else pair_arrays(ranked, self.pairs, even=self.algorithm.reads_certainty)
             )
             if self.algorithm.reference_scored == "precomputed":
                 batch = score(batch)

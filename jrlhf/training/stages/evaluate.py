@@ -1,6 +1,7 @@
 """Every policy on the same prompts."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model, model_meta
 from jrlhf.training.evaluation import Sampler, Scorer, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import Reward, Texts, make_reward, read_texts
+from jrlhf.training.rewards import Reward, Texts, make_reward, on_host_scores, read_texts
 from jrlhf.training.stages.best_of_n import best_of_n_table
 from jrlhf.training.stages.common import (
     MeshStage,
@@ -40,6 +41,7 @@ from jrlhf.training.stages.common import (
     write_text,
 )
 from jrlhf.training.stages.sizes import Count, sampling_plan, usable
+from jrlhf.types import Array
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Evaluate(MeshStage):
     prompts: dict[str, Source] = field(kw_only=True)  # by split; the first is the main one
     proxy: str = stage_ref_or_name("", REWARD_MODEL)  # the learned reward, for comparison
     best_of_n: str = stage_ref("", BEST_OF_N)
+    # gold rewards of groups of people, beside `gold`: each is shown, and the worst
+    groups: tuple[str, ...] = stage_ref_or_name((), REWARD_MODEL)
     samples: int = 4  # per prompt
     sampling: SamplingConfig = SamplingConfig()
     show: int = 12  # prompts whose answers are kept as text
@@ -63,6 +67,10 @@ class Evaluate(MeshStage):
         check_reward(self.gold, stages, "gold")
         if self.proxy:
             check_reward(self.proxy, stages, "proxy")
+        for name in self.groups:
+            check_reward(name, stages, "groups")
+        if len(self.groups) == 1 or len({*self.groups}) != len(self.groups):
+            raise UserError(f"groups must be two or more rewards that differ, got {', '.join(self.groups)}")
         if not self.policies or not self.prompts:
             raise UserError("policies and prompts must not be empty")
         if self.sampling.filtered:
@@ -101,6 +109,9 @@ class Evaluate(MeshStage):
             slots = prompt_slots(*(ids for _, ids in splits.values()))
             gold = make_reward(self.gold, dict(ctx.parents), mesh, base.tokenizer)
             proxy = make_reward(self.proxy, dict(ctx.parents), mesh, base.tokenizer) if self.proxy else None
+            groups = {
+                name: make_reward(name, dict(ctx.parents), mesh, base.tokenizer) for name in self.groups
+            }
             measured: dict[str, dict] = {}
             criteria: dict[str, dict] = {}
             kept = {}
@@ -113,7 +124,7 @@ class Evaluate(MeshStage):
                     measured[name], criteria[name] = {"splits": {}}, {}
                     for i, (split, (rows, ids)) in enumerate(splits.items()):
                         # Every policy uses the same keys: common random numbers make differences less noisy.
-                        result, texts = self._measure(
+                        result, texts, parts = self._measure(
                             policy,
                             base,
                             sampler,
@@ -121,12 +132,14 @@ class Evaluate(MeshStage):
                             ids,
                             gold,
                             proxy,
+                            groups,
                             jax.random.fold_in(stage_key(ctx), i),
                         )
                         measured[name]["splits"][split] = result
                         if self.gold in CRITERIA:
-                            values = CRITERIA[self.gold](texts.prompts, texts.completions, texts.rows)
-                            criteria[name][split] = {k: self._by_prompt(v) for k, v in values.items()}
+                            parts = CRITERIA[self.gold](texts.prompts, texts.completions, texts.rows)
+                        if parts:
+                            criteria[name][split] = {k: self._by_prompt(v) for k, v in parts.items()}
                         if i == 0:
                             kept[name] = (texts, result)
                         done += len(texts.completions)
@@ -148,8 +161,9 @@ class Evaluate(MeshStage):
         write_text(ctx.folder / "evaluation.json", json.dumps(evaluation, allow_nan=False))
         return {
             name: {
-                split: {k: float(np.mean(v)) for k, v in values.items() if v is not None}
+                split: {k: float(np.mean(v)) for k, v in values.items() if v is not None and k != "groups"}
                 | verdict_summary(values["gold"], values["length"])
+                | of_groups(values["groups"])
                 for split, values in measured[name]["splits"].items()
             }
             for name in measured
@@ -167,21 +181,31 @@ class Evaluate(MeshStage):
         ids,
         gold: Reward,
         proxy: Reward | None,
+        groups: dict[str, Reward],
         key,
-    ) -> tuple[dict, Texts]:
+    ) -> tuple[dict, Texts, Mapping[str, Array]]:
         n = self.samples
         samples = sampler.sample(policy.params, [row for row in ids for _ in range(n)], key)
         texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
         base_logprobs = Scorer(base.model, sampler.mesh, self.sampling.temperature).logprobs(
             base.params, samples
         )
-        return {
-            "gold": self._by_prompt(score(gold, samples, texts, sampler.mesh)),
-            "proxy": self._by_prompt(score(proxy, samples, texts, sampler.mesh)) if proxy else None,
-            "kl": self._by_prompt(np.sum(samples.logprobs, axis=1) - base_logprobs),
-            "length": self._by_prompt(np.sum(samples.response_mask, axis=1)),
-            "ended": self._by_prompt(samples.ended),
-        }, texts
+        said = on_host_scores(gold, samples, texts, sampler.mesh)
+        return (
+            {
+                "gold": self._by_prompt(said.total),
+                "proxy": self._by_prompt(score(proxy, samples, texts, sampler.mesh)) if proxy else None,
+                "groups": {
+                    name: self._by_prompt(score(reward, samples, texts, sampler.mesh))
+                    for name, reward in groups.items()
+                },
+                "kl": self._by_prompt(np.sum(samples.logprobs, axis=1) - base_logprobs),
+                "length": self._by_prompt(np.sum(samples.response_mask, axis=1)),
+                "ended": self._by_prompt(samples.ended),
+            },
+            texts,
+            said.parts,
+        )
 
     def _samples(self, kept: dict, prompts: list[str]) -> list[dict]:
         out = []
@@ -211,5 +235,12 @@ class Evaluate(MeshStage):
         if table["prompts"] == prompts:  # the same prompts: a row of the table, comparable prompt by prompt
             n = 16 if 16 in table["n"] else table["n"][-1]
             column = lambda name: [[v] for v in curves[name][str(n)]]  # noqa: E731
-            split = {k: column(k) for k in ("gold", "proxy", "length", "ended")} | {"kl": None}
+            split: dict = {k: column(k) for k in ("gold", "proxy", "length", "ended")}
+            split |= {"kl": None, "groups": {}}
             evaluation["policies"][f"best_of_{n}"] = {"splits": {main: split}, "kl_exact": best_of_n_kl(n)}
+
+
+def of_groups(values: dict[str, list[list[float]]]) -> dict:
+    """The mean of each group's gold reward, and the smallest of them; nothing where there are no groups."""
+    means = {name: float(np.mean(column)) for name, column in values.items()}
+    return {"groups": means, "worst_group": min(means.values())} if means else {}

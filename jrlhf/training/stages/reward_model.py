@@ -4,19 +4,23 @@ import math
 import zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.algorithms.reward_model import (
     OVERALL,
     RewardModelConfig,
+    evidence_of,
     head_labels,
     log_tie_parameter,
     make_reward_model,
     preference_scores,
+    prompt_losses,
+    usable_prompts,
 )
 from jrlhf.config import (
     PREFERENCES,
@@ -27,6 +31,7 @@ from jrlhf.config import (
     did_you_mean,
     stage_ref,
 )
+from jrlhf.data.labelers import of_labelers, raters_of
 from jrlhf.models.transformer import Model
 from jrlhf.ops.calibration import expected_calibration_error
 from jrlhf.ops.intervals import wilson_interval
@@ -35,6 +40,8 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, begin, load_model, save_trained
 from jrlhf.training.data import (
     bootstrap_weights,
+    check_plain,
+    group_weights,
     in_chunks,
     load_rows,
     preference_arrays,
@@ -62,7 +69,8 @@ from jrlhf.types import Array, PreferenceBatch
 class RewardModel(FineTuningStage):
     """The SFT model with a scalar head, trained on preferences and normalised to mean 0, std 1.
 
-    With several heads (`algorithm.heads`, `algorithm.criteria`) the reward is their weighted sum, normalised.
+    With several heads (`algorithm.heads`, `criteria`, `groups`, `mixture`) the reward is their weighted sum,
+    normalised.
     """
 
     artifact: ClassVar[str] = REWARD_MODEL
@@ -72,8 +80,12 @@ class RewardModel(FineTuningStage):
     eval_data: Source | None = None  # held-out preferences; None: a share of the prompts
     optim: OptimConfig = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=50)
     algorithm: RewardModelConfig = RewardModelConfig()
-    # of the heads "overall" and `algorithm.criteria` in the reward, before it is normalised; {}: the overall head alone
+    # of the heads in the reward, before it is normalised: "overall" and the criteria by name ({}: the overall head
+    # alone), the groups by their pattern, a mixture's as "type_0", ... ({}: equal)
     weights: dict[str, float] = field(default_factory=dict)
+    labelers: tuple[
+        str, ...
+    ] = ()  # learn from these alone: patterns of the rows' `labeler`, such as "A*"; (): all
     member: int = 0  # of a RewardEnsemble: another initial head, another order of the data
     eval_fraction: float = 0.1  # of the prompts (all their rows) are kept for evaluation
     max_length: int = 0  # tokens of prompt and answer; 0: the model's context
@@ -91,26 +103,30 @@ class RewardModel(FineTuningStage):
 
     def _check_weights(self) -> None:
         names, criteria = self.algorithm.head_names, self.algorithm.criteria
-        if self.weights and not criteria:
-            raise UserError("weights are of criteria: there are none in algorithm.criteria")
+        if self.weights and not (criteria or self.algorithm.groups or self.algorithm.mixture):
+            raise UserError(
+                "weights are of heads for criteria, groups or a mixture: algorithm has none of these"
+            )
         for name, weight in self.weights.items():
             if name not in names:
                 raise UserError(f"weights: {name!r} is no head.{did_you_mean(name, names)}")
             if not math.isfinite(weight):
                 raise UserError(f"weights.{name} is {weight}; it must be a finite number")
-        if criteria and not any(self.weights.values()) and (self.weights or not self.algorithm.overall):
+        needed = bool(self.weights) or (bool(criteria) and not self.algorithm.overall)
+        if needed and not any(self.weights.values()):
             raise UserError(f"weights: give one that is not 0, of the heads {', '.join(names)}")
 
     def head_weights(self) -> list[float]:
         """Of each head in the reward."""
         names = self.algorithm.head_names
-        if not self.algorithm.criteria:
+        if not self.algorithm.criteria and not self.weights:
             return [1 / len(names)] * len(names)
         weights = self.weights or {OVERALL: 1.0}
         return [weights.get(name, 0.0) for name in names]
 
     def plan(self, ctx):
-        return preference_plan(self, ctx)
+        plan = preference_plan(self, ctx)
+        return replace(plan, at_most=("rows", "steps", "tokens")) if self.labelers else plan
 
     def run(self, ctx: StageContext) -> dict:
         ctx = as_member(ctx, self.member)
@@ -118,7 +134,7 @@ class RewardModel(FineTuningStage):
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
             loaded = load_model(ctx.parents[self.start], mesh)
-            arrays, held, held_rows = self._preferences(loaded, ctx)
+            arrays, held, held_rows, people = self._preferences(loaded, ctx)
             config, names, weights = self.algorithm, self.algorithm.head_names, self.head_weights()
             if config.heads > 1:
                 draws = bootstrap_weights(arrays, config.heads, jax.random.fold_in(key, 2))
@@ -129,11 +145,12 @@ class RewardModel(FineTuningStage):
             whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
             steps = self.loop.total_steps(rows_of(arrays))
             optimizer = build_optimizer(self.optim, steps)
-            algorithm = make_reward_model(config, model, optimizer, tie_share(arrays))
+            raters, rows_each = len(people), rows_of(arrays) / max(len(people), 1)
+            algorithm = make_reward_model(config, model, optimizer, tie_share(arrays), raters, rows_each)
 
             def evaluate(state, step):
                 scores = all_scores(model, whole(state), held, mesh)
-                return reward_accuracy(scores @ weights, held.ranks)
+                return reward_accuracy(scores @ weights, held.ranks, held.certainty)
 
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), arrays,
@@ -142,23 +159,26 @@ class RewardModel(FineTuningStage):
             )  # fmt: skip
             params = whole(state)
             scores = all_scores(model, params, held, mesh)
-            of_training = all_scores(model, params, arrays, mesh)[arrays.ranks > 0]
+            scores_of_training = all_scores(model, params, arrays, mesh)
+            of_training = scores_of_training[arrays.ranks > 0]
             mean, std = moments(of_training @ weights)
             moments_of_each = [moments(of_training[:, h]) for h in range(len(names))]
-            accuracy = reward_accuracy(scores @ weights, held.ranks)
-            by_criterion = {}
+            accuracy = reward_accuracy(scores @ weights, held.ranks, held.certainty)
+            by_criterion, by_labeler = {}, {}
             if rows_of(held) == len(held_rows):  # none was dropped for its length
                 by_criterion = criteria_accuracy(scores @ weights, held_rows)
+                by_labeler = labelers_accuracy(scores @ weights, held_rows)
             heads = {
                 "names": list(names),
-                "ensemble": config.heads > 1,  # or criteria
+                "ensemble": config.ensemble,  # or criteria
                 "weights": weights,
                 "mean": [m for m, _ in moments_of_each],
                 "std": [s for _, s in moments_of_each],
             }
             save_trained(
                 ctx.folder, beginning, state.params["policy"], loaded.tokenizer, ctx.parents[self.start],
-                normalization={"mean": mean, "std": std}, **({"heads": heads} if len(names) > 1 else {}),
+                normalization={"mean": mean, "std": std, "range": score_range(of_training @ weights)},
+                **({"heads": heads} if len(names) > 1 else {}),
             )  # fmt: skip
         results = {
             "held_out_accuracy": accuracy["eval/rm_acc/mean"],
@@ -167,11 +187,18 @@ class RewardModel(FineTuningStage):
             "held_out_ece": accuracy["rm/ece"],
             "held_out_pairs": accuracy["eval/rm_pairs"],
             "held_out_accuracy_against": by_criterion,
+            "held_out_accuracy_of_labelers": by_labeler,
             "normalization": {"mean": mean, "std": std},
         }
+        if config.mixture:
+            log_tie = log_tie_parameter(config, state.params)
+            types = types_of(config, scores_of_training, arrays, len(people), float(log_tie))
+            results["types"] = told_types(types, people, np.unique(arrays.raters))
+            rows = 1.0 if isinstance(held.weights, tuple) else held.weights
+            held = held._replace(weights=rows * types[held.raters])
         if len(names) > 1:
             results["held_out_accuracy_of_heads"] = heads_accuracy(config, scores, held)
-        if config.heads > 1:
+        if config.ensemble:
             results["held_out_disagreement"] = disagreement(scores / heads["std"], held.ranks)
         if config.objective == "regression" and config.overall:
             error = scores[..., 0] - held.margins
@@ -182,25 +209,50 @@ class RewardModel(FineTuningStage):
 
     def _preferences(
         self, loaded: Loaded, ctx: StageContext
-    ) -> tuple[PreferenceBatch, PreferenceBatch, list[dict]]:
-        """Preferences to train on, those held out, and the latter's rows."""
-        rows = preference_rows(self, ctx)
-        self._check_scores(rows, "preferences")
+    ) -> tuple[PreferenceBatch, PreferenceBatch, list[dict], list[str]]:
+        """Preferences to train on, those held out, the latter's rows, and of a mixture who ranked them."""
+        rows = self._usable(preference_rows(self, ctx), "preferences")
         if self.eval_data is not None:
             held_rows = load_rows(self.eval_data, "preference", labelled(ctx.console, "eval_data"))
-            self._check_scores(held_rows, "eval_data")
+            held_rows = self._usable(held_rows, "eval_data")
         else:
             rows, held_rows = split_by_prompt(rows, self.eval_fraction)
         check_length(self.max_length, loaded.model, "max_length")
         limit = self.max_length or loaded.model.config.context
+        config = self.algorithm
+        people = [*dict.fromkeys(raters_of(rows + held_rows))] if config.mixture else []
+        number = {name: n for n, name in enumerate(people)}
+
+        def told(label: str, kept: list[dict]) -> dict[str, np.ndarray]:
+            if config.groups:
+                return {"weights": group_weights(kept, config.groups, label)}
+            if config.mixture:
+                return {"raters": np.asarray([number[name] for name in raters_of(kept)], np.int32)}
+            return {}
+
         arrays, held = (
             preference_arrays(
-                r, loaded.tokenizer, limit, self.too_long, ctx.console, label, self.algorithm.criteria
+                r,
+                loaded.tokenizer,
+                limit,
+                self.too_long,
+                ctx.console,
+                label,
+                config.criteria,
+                partial(told, label),
             )
             for r, label in zip((rows, held_rows), ("preferences", "held-out preferences"), strict=True)
         )
         check_ordered(held)
-        return arrays, held, held_rows
+        return arrays, held, held_rows, people
+
+    def _usable(self, rows: list[dict], where: str) -> list[dict]:
+        """The rows to learn from (or to test on), which say what the algorithm asks and no more than it can use."""
+        rows = of_labelers(rows, self.labelers, where) if self.labelers else rows
+        self._check_scores(rows, where)
+        if not self.algorithm.reads_certainty:
+            check_plain(rows, ("probability",), "algorithm as it is set")
+        return rows
 
     def _check_scores(self, rows: list[dict], where: str) -> None:
         config = self.algorithm
@@ -220,6 +272,11 @@ def as_member(ctx: StageContext, member: int) -> StageContext:
 def moments(scores: np.ndarray) -> tuple[float, float]:
     """Mean and std of the raw scores of the training answers, which the start policy (or people) wrote."""
     return float(scores.mean()), float(max(scores.std(), 1e-6))
+
+
+def score_range(scores: np.ndarray) -> list[float]:
+    """The raw scores between which 98% of the training answers are: outside, a policy is where nothing was learned."""
+    return np.quantile(scores, (0.01, 0.99)).tolist()
 
 
 def all_scores(model: Model, params, arrays: PreferenceBatch, mesh: Mesh) -> np.ndarray:
@@ -245,16 +302,54 @@ def ordered_pairs(ranks: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def heads_accuracy(config: RewardModelConfig, scores: np.ndarray, held: PreferenceBatch) -> dict[str, float]:
-    """Of each head (scores [N, K, n]) the accuracy on what it learned; a criterion without an ordered pair is left
-    out."""
-    ranks = np.asarray(head_labels(config, held._replace(weights=np.ones((1, config.heads)))).ranks)
+    """Of each head (scores [N, K, n]) the accuracy on what it learned, by the weights of the rows for it; a head
+    without an ordered pair is left out."""
+    labels = head_labels(config, held)
+    ranks, weights = np.asarray(labels.ranks), np.asarray(labels.weights, np.float64)
     found = {}
     for h, name in enumerate(config.head_names):
         n, i, j = ordered_pairs(ranks[..., h])
-        gap = scores[n, i, h] - scores[n, j, h]
-        if len(gap):
-            found[name] = float(np.mean(0.5 + 0.5 * np.sign(gap)))
+        right = 0.5 + 0.5 * np.sign(scores[n, i, h] - scores[n, j, h])
+        if total := np.sum(weights[n, h]):
+            found[name] = float(np.sum(right * weights[n, h]) / total)
     return found
+
+
+def labelers_accuracy(scores: np.ndarray, rows: list[dict]) -> dict[str, dict[str, float]]:
+    """The accuracy of scores [N, K] on the ordered pairs of each labeller, and how many these are, by name; empty where
+    rows name nobody."""
+    found: dict[str, list[float]] = {}
+    for own, row in zip(scores, rows, strict=True):
+        _, i, j = ordered_pairs(np.asarray(row["ranks"])[None])
+        if "labeler" in row:
+            found.setdefault(row["labeler"], []).extend(0.5 + 0.5 * np.sign(own[i] - own[j]))
+    return {
+        name: {"accuracy": float(np.mean(right)), "pairs": len(right)}
+        for name, right in sorted(found.items())
+        if right
+    }
+
+
+def types_of(
+    config: RewardModelConfig, scores: np.ndarray, arrays: PreferenceBatch, people: int, log_tie: float
+) -> np.ndarray:
+    """The probability of each type of a mixture for each rater [U, n], given all that he said, from all scores
+    [N, K, n] of the finished heads. Equal for a rater without a row."""
+    labels = head_labels(config, arrays)
+    losses, *_ = prompt_losses(config, jnp.asarray(scores, jnp.float32), labels, log_tie)
+    usable = usable_prompts(config, labels) / len(
+        config.head_names
+    )  # of a row, 1 over all heads, or its weight
+    evidence, _ = evidence_of(losses, usable, jnp.asarray(arrays.raters), people)
+    return np.asarray(jax.nn.softmax(evidence, axis=1))
+
+
+def told_types(types: np.ndarray, people: list[str], seen: np.ndarray) -> dict:
+    """A mixture's types: their shares among the raters who were learned from, how sure each one's is, and of up to 1000
+    raters each one's probabilities."""
+    of_each = {people[n]: types[n].tolist() for n in seen}
+    told = {"share": types[seen].mean(axis=0).tolist(), "certainty": float(types[seen].max(axis=1).mean())}
+    return told | ({"of_raters": of_each} if len(of_each) <= 1000 else {})
 
 
 def disagreement(scores: np.ndarray, ranks: Array) -> float:
@@ -269,8 +364,11 @@ def check_ordered(held: PreferenceBatch) -> None:
         raise UserError("the held-out preferences hold no ordered pair: every answer is tied")
 
 
-def reward_accuracy(scores: np.ndarray, ranks: Array) -> dict[str, float]:
-    """Accuracy (ties left out, with a Wilson interval), margin and calibration of scores [N, K] on ranked answers."""
+def reward_accuracy(scores: np.ndarray, ranks: Array, certainty: Any = ()) -> dict[str, float]:
+    """Accuracy (ties left out, with a Wilson interval), margin and calibration of scores [N, K] on ranked answers.
+
+    certainty [N]: of soft labels, which the predicted probabilities are held against; () is 1.
+    """
     n, i, j = ordered_pairs(ranks)
     gap = np.asarray(scores[n, i] - scores[n, j], np.float64)
     right = (gap > 0) + 0.5 * (gap == 0)
@@ -278,8 +376,9 @@ def reward_accuracy(scores: np.ndarray, ranks: Array) -> dict[str, float]:
     # Half of the pairs are turned round, so that the labels are not all ones.
     turned = np.arange(len(gap)) % 2 == 1
     probability = 1 / (1 + np.exp(-np.where(turned, -gap, gap)))
+    sure = np.ones(len(gap)) if isinstance(certainty, tuple) else np.asarray(certainty, np.float64)[n]
     return {
-        "rm/ece": expected_calibration_error(probability, (~turned).astype(np.float64)),
+        "rm/ece": expected_calibration_error(probability, np.where(turned, 1.0 - sure, sure)),
         "eval/rm_acc/mean": float(right.mean()),
         "eval/rm_acc/ci_low": low,
         "eval/rm_acc/ci_high": high,
