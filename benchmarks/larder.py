@@ -1,4 +1,4 @@
-"""What must show on Larder (claims B1, B3, B4, B5 and B7), from finished runs to numbers and pictures.
+"""What must show on Larder (claims B1, B3 to B7 and B9), from finished runs to numbers and pictures.
 
     python benchmarks/larder.py collect B3 runs/larder-best-of-n-...    reads the run, writes benchmarks/larder/B3.json
     python benchmarks/larder.py table                                   prints the table of docs/lab.md
@@ -70,6 +70,7 @@ def b1(seeds: dict) -> dict:
             ),
             "KL": part([r["ppo"]["kl"] for r in rows.values()], at_most=2.5),
             "SFT's share": part([r["sft"]["gold"] / r["sft"]["maximum"] for r in rows.values()]),
+            "alarms raised": part([len(result(left["ppo"], "alarms")) for left in seeds.values()], at_most=0),
         },
     }
 
@@ -143,6 +144,9 @@ def b4(seeds: dict) -> dict:
             "R² of it less that of d(a - b d)": part(
                 [a - b for a, b in zip(r2("d(a - b log d)"), r2("d(a - b d)"), strict=True)], at_least=0.0
             ),
+            "steps from the first alarm to gold's fall": part(
+                [warning(left["ppo"]) for left in seeds.values()], at_least=1
+            ),
         },
     }
 
@@ -173,6 +177,31 @@ def b5(seeds: dict) -> dict:
     }
 
 
+def b6(seeds: dict) -> dict:
+    """Length-biased labels: length >= 2x, gold below SFT; with length regressed out >= 70% of the clean arm's peak."""
+    arms = ("clean", "biased", "restored")
+    curves = {seed: {arm: training(left[arm]) for arm in arms} for seed, left in seeds.items()}
+    final = {seed: evaluated(left["evaluate"]) for seed, left in seeds.items()}
+    of = lambda arm, what: np.array([final[seed][arm][what] for seed in seeds])  # noqa: E731
+    peak = lambda arm: np.array([smoothed(np.array(c[arm]["gold"])).max() for c in curves.values()])  # noqa: E731
+    return {
+        "curves": curves,
+        "final": {arm: {k: part(of(arm, k)) for k in ("gold", "kl", "length")} for arm in ("sft", *arms)},
+        "parts": {
+            "biased: length over SFT's": part(of("biased", "length") / of("sft", "length"), at_least=2.0),
+            "biased: gold less SFT's": part(of("biased", "gold") - of("sft", "gold"), at_most=0.0),
+            "corrected: gold over the clean arm's peak": part(
+                of("restored", "gold") / peak("clean"), at_least=0.7
+            ),
+            "corrected: peak over the clean arm's": part(peak("restored") / peak("clean")),
+            "corrected: length over SFT's": part(of("restored", "length") / of("sft", "length")),
+            "biased: steps from the first alarm to gold's fall": part(
+                [warning(left["biased"]) for left in seeds.values()], at_least=1
+            ),
+        },
+    }
+
+
 def b7(seeds: dict) -> dict:
     """DPO: implicit accuracy >= 0.83; the beta sweep with its KL; some beta within 0.1 of RLOO's (here PPO's) gold."""
     arms = [name for name in next(iter(seeds.values())) if name.startswith("dpo_")]
@@ -197,7 +226,34 @@ def b7(seeds: dict) -> dict:
     }
 
 
-CLAIMS = {"B1": b1, "B3": b3, "B4": b4, "B5": b5, "B7": b7}
+def b9(seeds: dict) -> dict:
+    """Ensembles of 5 at 25% flips: best-of-n's fall from its peak to n = 256 halved by one of the two careful ones."""
+    arms = ("one", "mean", "worst", "careful")
+    curves: dict = {}
+    for seed, left in seeds.items():
+        tables = {arm: json.loads((left[f"by_{arm}"] / "best_of_n.json").read_text()) for arm in arms}
+        gold = {
+            arm: [float(np.mean(t["per_prompt"]["gold"][str(n)])) for n in t["n"]]
+            for arm, t in tables.items()
+        }
+        curves[seed] = {"n": tables["one"]["n"], "kl": tables["one"]["kl"], **gold}
+    fall = {arm: np.array([max(c[arm]) - c[arm][-1] for c in curves.values()]) for arm in arms}
+    share = lambda arm: part([fall[arm].mean() / fall["one"].mean()])  # noqa: E731
+    careful = min(("worst", "careful"), key=lambda arm: fall[arm].mean())
+    return {
+        "curves": curves,
+        "parts": {
+            **{f"{arm}: gold's fall by n = 256": part(fall[arm]) for arm in arms},
+            **{f"{arm}: peak of gold": part([max(c[arm]) for c in curves.values()]) for arm in arms},
+            **{f"{arm}: fall over that of one model": share(arm) for arm in arms[1:]},
+            "the better careful one: fall over that of one model": part(
+                [fall[careful].mean() / fall["one"].mean()], at_most=0.5
+            ),
+        },
+    }
+
+
+CLAIMS = {"B1": b1, "B3": b3, "B4": b4, "B5": b5, "B6": b6, "B7": b7, "B9": b9}
 
 
 # --- reading runs -----------------------------------------------------------------------------------------------
@@ -215,6 +271,17 @@ def training(folder: Path) -> dict[str, list[float]]:
     if gold_is_the_reward:
         names["gold"] = names["proxy"]
     return {name: [round(row[metric], 5) for row in rows] for name, metric in names.items()}
+
+
+def warning(folder: Path) -> int:
+    """Steps from the first alarm until gold (smoothed) is a fifth below its peak, or training ends. Without an alarm
+    they are negative: the steps that came after gold's fall."""
+    rows = [row for row in read_metrics(folder) if "kl/ref_k1" in row]
+    gold = smoothed(np.array([row["reward/larder_gold/mean"] for row in rows]))
+    fallen = gold < 0.8 * np.maximum.accumulate(gold)
+    end = int(np.argmax(fallen)) if fallen.any() else len(rows)
+    raised = [alarm["step"] for alarm in result(folder, "alarms")]
+    return end + 1 - min(raised, default=len(rows) + 1)
 
 
 def result(folder: Path, name: str) -> Any:
@@ -290,7 +357,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for claim, draw in {"B3": plot_b3, "B4": plot_b4, "B5": plot_b5}.items():
+    for claim, draw in {"B3": plot_b3, "B4": plot_b4, "B5": plot_b5, "B6": plot_b6, "B9": plot_b9}.items():
         file = HERE / f"{claim}.json"
         if not file.exists():
             print(f"{file.name} is not there yet")
@@ -376,6 +443,37 @@ def plot_b5(ax, data: dict) -> None:
         xlabel="√KL to SFT (nats)",
         ylabel="gold reward",
         title="One beta: gold along training",
+    )
+    ax.legend(frameon=False)
+
+
+def plot_b6(ax, data: dict) -> None:
+    names = {
+        "clean": ("clean labels", "tab:blue"),
+        "biased": ("labels that pay for length", "tab:red"),
+        "restored": ("the same, length regressed out", "tab:green"),
+    }
+    for arm, (label, color) in names.items():
+        gold = np.array([smoothed(np.array(by_arm[arm]["gold"])) for by_arm in data["curves"].values()])
+        band(ax, np.arange(1, gold.shape[1] + 1), gold, label, color)
+    ax.set(xlabel="step", ylabel="gold reward", title="PPO on Larder where labellers like length")
+    ax.legend(frameon=False)
+
+
+def plot_b9(ax, data: dict) -> None:
+    names = {
+        "one": ("one reward model", "tab:gray"),
+        "mean": ("mean of five", "tab:blue"),
+        "worst": ("worst of five", "tab:green"),
+        "careful": ("mean less variance", "tab:orange"),
+    }
+    each = list(data["curves"].values())
+    for arm, (label, color) in names.items():
+        band(ax, np.sqrt(each[0]["kl"]), np.array([c[arm] for c in each]), label, color)
+    ax.set(
+        xlabel="√KL to SFT, of best-of-n (nats)",
+        ylabel="gold reward",
+        title="Best-of-n by an ensemble, a quarter of the labels turned round",
     )
     ax.legend(frameon=False)
 

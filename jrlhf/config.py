@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import math
+import operator
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,8 +91,19 @@ class MeshConfig:
 LANGUAGE_MODEL = "a language model"
 REWARD_MODEL = "a reward model"
 PREFERENCES = "preferences"
+STEPS = "labelled steps"
+PROMPTS = "prompts"
+DEMONSTRATIONS = "demonstrations"
 BEST_OF_N = "a best-of-n table"
 EVALUATION = "an evaluation"
+
+# What is left as rows, and in which file of the stage's folder.
+ROWS = {
+    PROMPTS: "prompts.jsonl",
+    DEMONSTRATIONS: "demonstrations.jsonl",
+    PREFERENCES: "preferences.jsonl",
+    STEPS: "steps.jsonl",
+}
 
 
 @dataclass(frozen=True)
@@ -124,10 +136,11 @@ class Labeler:
         raise TypeError(f"{type(self).__name__} does not define label()")
 
 
-def stage_ref(default: Any = dataclasses.MISSING, artifact: str = "") -> Any:
+def stage_ref(default: Any = dataclasses.MISSING, artifact: str | tuple[str, ...] = "") -> Any:
     """A stage's field that names another stage (a str or a tuple of str); the graph is read from these.
 
-    An empty string names none. `artifact` is what that stage must leave (LANGUAGE_MODEL, ...; "": anything).
+    An empty string names none. `artifact` is what that stage must leave (LANGUAGE_MODEL, ..., or one of several; "":
+    anything).
     """
     return dataclasses.field(default=default, metadata={"stage_ref": True, "artifact": artifact})
 
@@ -143,7 +156,11 @@ class Reference(NamedTuple):
     field: str  # its path inside the stage
     name: str
     optional: bool  # a name that is no stage's means something else
-    artifact: str  # what the named stage must leave; "": anything
+    artifact: str | tuple[str, ...]  # what the named stage must leave, or one of these; "": anything
+
+    def fits(self, stage: "Stage") -> bool:
+        wanted = (self.artifact,) if isinstance(self.artifact, str) else self.artifact
+        return not any(wanted) or stage.artifact in wanted
 
 
 def no_fingerprint(default: Any = dataclasses.MISSING) -> Any:
@@ -202,6 +219,63 @@ class Stage:
         because `STOP.requested`.
         """
         raise TypeError(f"{type(self).__name__} does not define run()")
+
+
+@dataclass(frozen=True)
+class StageRows(Source):
+    """The rows that another stage of the experiment leaves (`ROWS`), wherever a Source is asked for.
+
+    Rows of preferences or demonstrations are prompts too. Which file that is, is known once the stage runs
+    (`with_stage_rows`); the fingerprint holds that of the stage.
+    """
+
+    stage: str = stage_ref(artifact=tuple(ROWS))
+
+    def __post_init__(self) -> None:
+        if not self.stage:
+            raise UserError("StageRows.stage: name the stage whose rows are meant")
+
+    def rows(self) -> Iterator[dict]:
+        raise TypeError(f"the rows of the stage {self.stage!r} are known when the stage that reads them runs")
+
+
+@dataclass(frozen=True)
+class LeftRows(Source):
+    """The rows in the file that a finished stage left."""
+
+    abstract: ClassVar[bool] = True
+
+    path: str
+
+    def rows(self) -> Iterator[dict]:
+        if not Path(self.path).is_file():
+            raise UserError(f"{self.path} is missing; run its stage again with --force")
+        with open(self.path, encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+    def files(self) -> tuple[str, ...]:
+        return (self.path,) if Path(self.path).is_file() else ()  # a dry run comes before the stage
+
+
+def with_stage_rows(value: T, parents: Mapping[str, Path], stages: "Mapping[str, Stage]") -> T:
+    """`value` (a stage) with every `StageRows` in it replaced by the file in the folder of the stage that it names."""
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, StageRows):
+            return LeftRows(str(parents[part.stage] / ROWS[stages[part.stage].artifact]))
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            old = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+            changed = {name: new for name, item in old.items() if (new := resolved(item)) is not item}
+            return dataclasses.replace(part, **changed) if changed else part
+        if isinstance(part, (tuple, list)):
+            items = [resolved(item) for item in part]
+            return part if all(map(operator.is_, items, part)) else type(part)(items)
+        if isinstance(part, dict):
+            found = {key: resolved(item) for key, item in part.items()}
+            return part if all(found[key] is item for key, item in part.items()) else found
+        return part
+
+    return resolved(value)
 
 
 @dataclass(frozen=True)

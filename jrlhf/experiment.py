@@ -53,6 +53,7 @@ from jrlhf.config import (
     from_dict,
     read_json,
     to_dict,
+    with_stage_rows,
 )
 
 # Raise it when the same config would give other results (a fixed bug, a changed default meaning): finished
@@ -242,12 +243,13 @@ def check(experiment: Experiment) -> list[str]:
 def _check_artifacts(experiment: Experiment, name: str, stage: Stage) -> None:
     """That each stage that a field names leaves what the field needs."""
     for ref in stage.references():
-        if ref.artifact and ref.name in experiment.stages:
+        if ref.name in experiment.stages:
             named = experiment.stages[ref.name]
-            if named.artifact != ref.artifact:
+            if not ref.fits(named):
                 fitting = ", ".join(_fitting(experiment, name, ref)) or "(none)"
+                needed = ref.artifact if isinstance(ref.artifact, str) else " or ".join(ref.artifact)
                 raise UserError(
-                    f"stages.{name}.{ref.field}: needs {ref.artifact}, but {ref.name!r} ({type(named).__name__}) "
+                    f"stages.{name}.{ref.field}: needs {needed}, but {ref.name!r} ({type(named).__name__}) "
                     f"leaves {named.artifact or 'nothing (it sets no `artifact`)'}. Stages that fit: {fitting}."
                 )
 
@@ -255,7 +257,7 @@ def _check_artifacts(experiment: Experiment, name: str, stage: Stage) -> None:
 def _fitting(experiment: Experiment, name: str, ref: Reference) -> list[str]:
     """The stages that a field of stage `name` could name."""
     stages = experiment.stages
-    return [n for n, s in stages.items() if n != name and (not ref.artifact or s.artifact == ref.artifact)]
+    return [n for n, s in stages.items() if n != name and ref.fits(s)]
 
 
 def _topological(experiment: Experiment) -> list[str]:
@@ -527,7 +529,8 @@ def _run_task(
         _agreed(True)  # no process enters the folder before it is ready
         start = time.monotonic()
         try:
-            results = task.stage.run(_context(task, experiment, runs_dir, console))
+            ctx = _context(task, experiment, runs_dir, console)
+            results = ctx.stage.run(ctx)
         except Exception as e:
             e.add_note(f"in stage {task.name!r} (seed {task.seed}), folder {task.folder}")
             if _leads() and not isinstance(e, Preempted):
@@ -562,11 +565,12 @@ def _stage_record(task: Task) -> dict[str, Any]:
 
 
 def _context(task: Task, experiment: Experiment, runs_dir: Path, console: Console) -> StageContext:
+    parents = {n: t.folder for n, t in task.parents.items()}
     return StageContext(
         name=task.name,
-        stage=task.stage,
+        stage=with_stage_rows(task.stage, parents, experiment.stages),
         folder=task.folder,
-        parents={n: t.folder for n, t in task.parents.items()},
+        parents=parents,
         stages=experiment.stages,
         seed=task.seed,
         mesh=experiment.mesh,
@@ -744,7 +748,8 @@ def dry_run(experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | 
     table.add_column("note")
     for task in todo:
         try:
-            plan = task.stage.plan(_context(task, experiment, runs_dir, console))
+            ctx = _context(task, experiment, runs_dir, console)
+            plan = ctx.stage.plan(ctx)
         except UserError as e:
             raise UserError(f"stages.{task.name}: {e}") from e
         status = "to do (forced)" if task.name in forced else task.status

@@ -46,10 +46,20 @@ NAMES: dict[str, Name] = {
     "reward/<name>/timeout_rate": Name("fraction", "answers that the reward had no time to score"),
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
     "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
+    "reward/<name>/corr": Name("", "correlation of a reward that is only watched with the score"),
+    "reward/disagreement/mean": Name("reward", "std of an answer's score over an ensemble's members: mean"),
+    "reward/out_of_range": Name(
+        "fraction", "answers scored beyond 98% of those that the reward model was trained on (2% at first)"
+    ),
+    "alarm/<rule>": Name("", "1 while this alarm is raised, else 0 (docs/reward-hacking.md)"),
     "reward/frac_zero_std_groups": Name("fraction", "prompts whose answers all have the same score"),
     "reward/sampled/mean": Name(
         "reward", "score of all sampled answers, where dynamic sampling keeps some: mean"
     ),
+    "reward/tokens/mean": Name(
+        "reward", "what the tokens of an answer earn beside its value (its steps), summed: mean"
+    ),
+    "reward/tokens/count": Name("tokens", "tokens of an answer that earn something by themselves: mean"),
     "reward/greedy/mean": Name("reward", "score of the greedy answers that are the baseline (ReMax): mean"),
     "kl/ref_k1": Name("nats", "KL(policy || reference) per response, estimator k1 = -log r, summed"),
     "kl/ref_k3": Name("nats", "the same by k3 = r - 1 - log r: never negative, less noise"),
@@ -80,6 +90,7 @@ NAMES: dict[str, Name] = {
     "rollout/informative": Name(
         "fraction", "sampled answers in groups whose scores differ (dynamic sampling)"
     ),
+    "rollout/competence": Name("fraction", "prompts, the easiest first, that may be asked by now (curriculum)"),
     "rollout/accepted": Name("fraction", "answers that are learned from (expert iteration)"),
     "mismatch/kl": Name("nats", "KL(sampler || trainer) per token, on the sampled tokens"),
     "mismatch/logp_diff_max": Name("nats", "largest |sampler - trainer| log-probability of a token"),
@@ -109,6 +120,9 @@ NAMES: dict[str, Name] = {
     "rm/margin": Name("reward", "score of the better answer minus the worse, mean over pairs"),
     "rm/disagreement": Name(
         "reward", "std over an ensemble's heads of a pair's score difference, mean over pairs"
+    ),
+    "rm/type_certainty": Name(
+        "fraction", "of a mixture: probability of each labeller's most probable type, mean over labellers"
     ),
     "rm/tie_parameter": Name(
         "", "of Rao-Kupper (threshold, above 1) or Davidson (factor) in the likelihood of ties"

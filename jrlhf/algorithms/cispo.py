@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from jrlhf.ops.advantages import group_advantages
+from jrlhf.ops.advantages import group_advantages, process_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
@@ -28,6 +28,7 @@ class CISPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
+    token_rewards: ClassVar[bool] = True
 
     group_size: int = 8
     beta: float = 0.0
@@ -45,4 +46,5 @@ def make_cispo(
         return group_advantages(rewards_BR.sum(axis=1), config.group_size, std=True)
 
     loss = partial(cispo_loss, clip=(1.0, config.clip_high))
-    return policy_gradient(config, advantages, loss, model, optimizer, temperature)
+    of_tokens = partial(process_advantages, group_size=config.group_size)
+    return policy_gradient(config, advantages, loss, model, optimizer, temperature, of_tokens)

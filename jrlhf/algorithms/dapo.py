@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from jrlhf.ops.advantages import group_advantages
+from jrlhf.ops.advantages import group_advantages, process_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
@@ -29,6 +29,7 @@ class DAPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
+    token_rewards: ClassVar[bool] = True
 
     group_size: int = 8
     beta: float = 0.0
@@ -47,4 +48,5 @@ def make_dapo(
         return group_advantages(rewards_BR.sum(axis=1), config.group_size, std=True)
 
     loss = partial(clipped_loss, clip=(config.clip_low, config.clip_high))
-    return policy_gradient(config, advantages, loss, model, optimizer, temperature)
+    of_tokens = partial(process_advantages, group_size=config.group_size)
+    return policy_gradient(config, advantages, loss, model, optimizer, temperature, of_tokens)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from jrlhf.ops.advantages import group_advantages
+from jrlhf.ops.advantages import advantages_to_go, group_advantages
 from jrlhf.ops.on_policy import (
     LanguageModel,
     Normalise,
@@ -29,6 +29,7 @@ class DrGRPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
+    token_rewards: ClassVar[bool] = True
 
     group_size: int = 8
     beta: float = 0.0
@@ -42,5 +43,8 @@ def make_dr_grpo(
     def advantages(rewards_BR, mask_BR, greedy_B):
         return group_advantages(rewards_BR.sum(axis=1), config.group_size, std=False)
 
+    def token_advantages(rewards_BR, mask_BR, steps_BR):
+        return advantages_to_go(advantages(rewards_BR, mask_BR, None), rewards_BR, mask_BR)
+
     loss = partial(clipped_loss, clip=config.clip)
-    return policy_gradient(config, advantages, loss, model, optimizer, temperature)
+    return policy_gradient(config, advantages, loss, model, optimizer, temperature, token_advantages)

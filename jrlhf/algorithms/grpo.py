@@ -6,6 +6,9 @@
 Its fixed point is not that of E[r] - beta·KL(π‖ref): the division by the group's spread, the mean over each answer's
 own tokens, and k3 in the loss (whose gradient is that of the forward KL) all move it (docs/algorithms.md). With
 `scale="none"`, `kl="reward"` and `normalise="sum"` it optimises that objective.
+
+Where steps are rewarded, a token's advantage is the sum of the normalised rewards of the steps from it on (section
+4.1.3); with another `scale` the answer's advantage less what was earned before the token (docs/step-rewards.md).
 """
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from jrlhf.ops.advantages import group_advantages
+from jrlhf.ops.advantages import advantages_to_go, group_advantages, process_advantages
 from jrlhf.ops.on_policy import (
     KL,
     LanguageModel,
@@ -32,6 +35,7 @@ class GRPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
+    token_rewards: ClassVar[bool] = True
 
     group_size: int = 8
     beta: float = 0.04
@@ -44,10 +48,18 @@ class GRPOConfig(OnPolicyConfig):
 def make_grpo(
     config: GRPOConfig, model: LanguageModel, optimizer: Optimizer, temperature: float = 1.0
 ) -> Algorithm:
+    def scale(rewards_BR):
+        return jnp.std(rewards_BR.sum(axis=1), ddof=1) + 1e-4 if config.scale == "batch" else 1.0
+
     def advantages(rewards_BR, mask_BR, greedy_B):
-        rewards_B = rewards_BR.sum(axis=1)
-        advantages_B = group_advantages(rewards_B, config.group_size, std=config.scale == "group")
-        return advantages_B / (jnp.std(rewards_B, ddof=1) + 1e-4) if config.scale == "batch" else advantages_B
+        std = config.scale == "group"
+        return group_advantages(rewards_BR.sum(axis=1), config.group_size, std) / scale(rewards_BR)
+
+    def token_advantages(rewards_BR, mask_BR, steps_BR):
+        if config.scale == "group":
+            return process_advantages(rewards_BR, mask_BR, steps_BR, config.group_size)
+        whole_B = group_advantages(rewards_BR.sum(axis=1), config.group_size, std=False)
+        return advantages_to_go(whole_B, rewards_BR, mask_BR) / scale(rewards_BR)
 
     loss = partial(clipped_loss, clip=config.clip)
-    return policy_gradient(config, advantages, loss, model, optimizer, temperature)
+    return policy_gradient(config, advantages, loss, model, optimizer, temperature, token_advantages)

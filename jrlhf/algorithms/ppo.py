@@ -8,7 +8,7 @@ advantages in numbered stages; `train_step` runs all epochs and minibatches in o
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ from jrlhf.types import Algorithm, Array, Rollout, SequenceBatch, TrainState
 @dataclass(frozen=True)
 class PPOConfig(OnPolicyConfig):
     """Defaults are those of Huang et al. 2023 where the papers agree."""
+
+    token_rewards: ClassVar[bool] = True
 
     beta: float = 0.05
     missing_eos_penalty: float = 1.0
@@ -135,11 +137,16 @@ def make_ppo(
         return TrainState(jnp.int32(0), params, opt_state, ref_params, key, extra)
 
     def make_batch(
-        state: TrainState, rollout: Rollout, scores: jax.Array, ptx: SequenceBatch | None = None
+        state: TrainState,
+        rollout: Rollout,
+        scores: jax.Array,
+        ptx: SequenceBatch | None = None,
+        token_rewards: Array | None = None,
     ) -> PolicyBatch:
-        """scores [B]: the reward of each whole response."""
-        # 1. Log-probabilities, values, and rewards per token: -beta * (log pi - log ref), plus the score at the end.
-        batch = score_rollout(config, policy, state, rollout, scores, temperature)
+        """scores [B]: the reward of each whole response; token_rewards [B, R]: of single tokens, NaN where none is."""
+        # 1. Log-probabilities, values, and rewards per token: -beta * (log pi - log ref), what the token earns by
+        # itself, and the score at the end.
+        batch = score_rollout(config, policy, state, rollout, scores, temperature, token_rewards)
         response, rewards, values = batch.response_mask, batch.rewards, batch.extra
         # 2. Whitened rewards keep their mean: shifting it would pay for length.
         if config.whiten_rewards:

@@ -8,10 +8,10 @@ unbiased; one answer to each prompt is enough. Each batch is used once: there is
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jrlhf.config import UserError
-from jrlhf.ops.advantages import leave_one_out_advantages
+from jrlhf.ops.advantages import advantages_to_go, leave_one_out_advantages
 from jrlhf.ops.on_policy import LanguageModel, Normalise, OnPolicyConfig, policy_gradient
 from jrlhf.ops.policy_losses import reinforce_loss
 from jrlhf.optim import Optimizer
@@ -21,6 +21,8 @@ from jrlhf.types import Algorithm
 @dataclass(frozen=True)
 class REINFORCEConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    token_rewards: ClassVar[bool] = True
 
     beta: float = 0.05
     normalise: Normalise = "sum"
@@ -41,4 +43,9 @@ def make_reinforce(
         rewards_B = rewards_BR.sum(axis=1)
         return leave_one_out_advantages(rewards_B) if config.baseline == "batch" else rewards_B
 
-    return policy_gradient(config, advantages, reinforce_loss, model, optimizer, temperature)
+    def token_advantages(rewards_BR, mask_BR, steps_BR):
+        return advantages_to_go(advantages(rewards_BR, mask_BR, None), rewards_BR, mask_BR)
+
+    return policy_gradient(
+        config, advantages, reinforce_loss, model, optimizer, temperature, token_advantages
+    )

@@ -11,6 +11,7 @@ answer makes itself.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -31,6 +32,8 @@ from jrlhf.types import Algorithm
 @dataclass(frozen=True)
 class REINFORCEPlusPlusConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
+
+    token_rewards: ClassVar[bool] = True
 
     beta: float = 0.01
     normalise: Normalise = "token"

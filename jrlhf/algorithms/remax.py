@@ -22,6 +22,7 @@ class ReMaxConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     greedy_baseline: ClassVar[bool] = True
+    token_rewards: ClassVar[bool] = True
 
     beta: float = 0.05
     normalise: Normalise = "sum"

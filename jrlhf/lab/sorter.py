@@ -228,6 +228,16 @@ def sorter_gold(prompts: Sequence[str], completions: Sequence[str], rows: Sequen
     return sorter_scores(prompts, completions, rows)["gold"]
 
 
+def sorter_so_far(prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> np.ndarray:
+    """[N] float32, of the beginning of an answer: 1 where every step that is written is right (`step_labels`).
+
+    What follows the last `;` is a step, unless it is blank. An answer's end counts as part of its last step.
+    """
+    written = [completion.rstrip().removesuffix(";") for completion in completions]
+    labels = [step_labels(prompt, text)[-1] for prompt, text in zip(prompts, written, strict=True)]
+    return np.asarray(labels, np.float32)
+
+
 def sorter_maximum(prompts: Sequence[str]) -> np.ndarray:
     """The best value of each of these rewards, [N] float32: 1."""
     return np.ones(len(prompts), np.float32)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jrlhf.ops.masking import masked_mean, masked_sum
 from jrlhf.types import Array
 
 
@@ -75,6 +76,38 @@ def reward_to_go(rewards: Array, mask: Array, gamma: float = 1.0) -> jax.Array:
     What a policy gradient multiplies ∇log π(a_t) with when there is no critic.
     """
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def process_advantages(rewards: Array, mask: Array, steps: Array, group_size: int) -> jax.Array:
+    """GRPO with process supervision (DeepSeekMath, Shao et al. 2024, section 4.1.3), all [N, R] -> [N, R] float32.
+
+    A_t = Σ_{s≥t} (r_s - mean) / std over the steps s of an answer; mean and sample standard deviation (plus 1e-4, as in
+    `group_advantages`) are those of all steps of the group. steps: the tokens whose reward is a step's. What other
+    tokens earn (a KL penalty) is only divided, with the rest. 0 where masked.
+
+    A mean is taken off *every* step, so an answer is charged for each further step, or paid where the mean is negative:
+    where answers differ in their number of steps the optimum is not that of the summed rewards. `advantages_to_go` of
+    `group_advantages(..., std=False)` has that optimum.
+    """
+    steps = steps & mask
+    groups = lambda x: x.reshape(-1, group_size * x.shape[1])  # noqa: E731
+    members, earned = groups(steps), groups(jnp.where(mask, rewards.astype(jnp.float32), 0.0))
+    mean = masked_mean(earned, members, axis=1)[:, None]
+    count = jnp.sum(members, axis=1, keepdims=True, dtype=jnp.float32)
+    spread = masked_sum(jnp.square(earned - mean), members, axis=1)[:, None] / jnp.maximum(count - 1.0, 1.0)
+    normalised = jnp.where(members, earned - mean, earned) / (jnp.sqrt(spread) + 1e-4)
+    return reward_to_go(normalised.reshape(rewards.shape), mask)
+
+
+def advantages_to_go(advantages: Array, rewards: Array, mask: Array) -> jax.Array:
+    """Each token's advantage from an answer's, less what was earned before it, [N], [N, R] twice -> [N, R] float32.
+
+    Rewards to go less the baseline that `advantages` of the summed rewards have: Σ_{s≥t} r_s - (Σ_s r_s - A). What was
+    earned before a token does not depend on it, so that the expected policy gradient is that of A (Williams 1992).
+    """
+    earned = jnp.where(mask, rewards.astype(jnp.float32), 0.0)
+    before = jnp.cumsum(earned, axis=1) - earned
+    return jnp.where(mask, advantages[:, None] - before, 0.0)
 
 
 def overlong_penalty(length: Array, slots: int, buffer: float) -> jax.Array:

@@ -43,6 +43,7 @@ class OnPolicyConfig:
     implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
     grouped: ClassVar[bool] = False  # an answer is compared with others to the same prompt
     whole_answers: ClassVar[bool] = False  # the loss is one of whole answers, each of which counts once
+    token_rewards: ClassVar[bool] = False  # single tokens may be rewarded: each has its own advantage
 
     _: KW_ONLY
 
@@ -249,8 +250,12 @@ def score_rollout(
     rollout: Rollout,
     scores: jax.Array,
     temperature: float,
+    token_rewards: Array | None = None,
 ) -> PolicyBatch:
     """A batch without advantages yet. scores [B]: the reward of each whole response.
+
+    token_rewards [B, R]: what single tokens earn beside it, NaN where nothing is said of one (`Scores.tokens`). What
+    stands on masked tokens is not read. `score_clip` and the penalties are of the scores alone.
 
     The old log-probabilities are the trainer's own, by the same function that is trained: the first ratio is exactly 1.
     """
@@ -273,9 +278,20 @@ def score_rollout(
     length = jnp.sum(response, axis=1, dtype=jnp.float32)
     final = shaped_scores(config, rollout, scores)
     at_last = jax.nn.one_hot(last_token_index(response), response.shape[1], dtype=jnp.float32)
-    # 3. Per-token reward: -beta * (log pi - log ref), plus the score at the end. No gradient goes through it.
+    # 3. Per-token reward: -beta * (log pi - log ref), what the token earns by itself, and the score at the end. No
+    # gradient goes through it.
     kl = jnp.where(response, kl_k1(logprobs, ref_logprobs), 0.0)
     rewards = at_last * final[:, None]
+    earned = {}
+    if token_rewards is not None:
+        said = said_of(token_rewards, response)
+        of_tokens = jnp.where(said, token_rewards, 0.0)
+        rewards, scores = rewards + of_tokens, scores + jnp.sum(of_tokens, axis=1)
+        steps = jnp.sum(said, axis=1, dtype=jnp.float32)
+        earned = {
+            "reward/tokens/mean": jnp.mean(jnp.sum(of_tokens, axis=1)),
+            "reward/tokens/count": jnp.mean(steps),
+        }
     if config.kl == "reward":
         rewards = rewards - kl_coef * kl
     # 4. How much more likely the trainer finds the samples than the sampler did.
@@ -306,7 +322,7 @@ def score_rollout(
         "mismatch/ess": jnp.square(jnp.sum(sequence_weight))
         / jnp.sum(jnp.square(sequence_weight))
         / sequence_weight.shape[0],
-    }
+    } | earned
     if config.group_size > 1:
         groups = scores.reshape(-1, config.group_size)
         equal = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
@@ -314,6 +330,13 @@ def score_rollout(
     return PolicyBatch(
         tokens, mask, response, kept, logprobs, ref_logprobs, weights, rewards, jnp.zeros_like(rewards), extra, metrics
     )  # fmt: skip
+
+
+def said_of(token_rewards: Array, response_mask: Array) -> jax.Array:
+    """[B, R] bool: tokens of the response that have a reward of their own. ValueError where shapes differ."""
+    if token_rewards.shape != response_mask.shape:
+        raise ValueError(f"token rewards {token_rewards.shape} of responses {response_mask.shape}")
+    return jnp.logical_and(response_mask, ~jnp.isnan(token_rewards))
 
 
 def with_advantages(batch: PolicyBatch, advantages: Array) -> PolicyBatch:
@@ -479,6 +502,8 @@ def adapted_kl_coef(config: OnPolicyConfig, kl_coef, kl, sequences: int) -> jax.
 # (rewards per token [B, R], response mask [B, R], shaped scores of greedy answers [B] or None)
 # -> advantages, [B] of whole answers or [B, R]
 Advantages = Callable[[Array, Array, Array | None], Array]
+# (rewards per token, response mask, tokens at which a step or the answer is rewarded: each [B, R]) -> advantages [B, R]
+TokenAdvantages = Callable[[Array, Array, Array], Array]
 
 
 def policy_gradient(
@@ -488,16 +513,31 @@ def policy_gradient(
     model: LanguageModel,
     optimizer: Any,
     temperature: float,
+    token_advantages: TokenAdvantages | None = None,
 ) -> Algorithm:
     """The algorithm without a critic that has these advantages and this loss; `init(params, ref_params, key)`.
 
-    `temperature` is the one that responses are sampled at: it is part of the policy here too.
+    `temperature` is the one that responses are sampled at: it is part of the policy here too. `token_advantages` stand
+    in for `advantages` where tokens are rewarded by themselves; None: `advantages` are already each token's own.
     """
     policy = policy_of(model)
 
-    def make_batch(state: TrainState, rollout: Rollout, scores: jax.Array, greedy: jax.Array | None = None):
-        batch = score_rollout(config, policy, state, rollout, scores, temperature)
-        return with_advantages(batch, advantages(batch.rewards, batch.response_mask, greedy))
+    def make_batch(
+        state: TrainState,
+        rollout: Rollout,
+        scores: jax.Array,
+        greedy: jax.Array | None = None,
+        token_rewards: Array | None = None,
+    ) -> PolicyBatch:
+        if token_rewards is not None and not config.token_rewards:
+            raise ValueError(f"{type(config).__name__} takes no token rewards: an answer has one advantage")
+        batch = score_rollout(config, policy, state, rollout, scores, temperature, token_rewards)
+        rewards, response = batch.rewards, batch.response_mask
+        if token_rewards is None or token_advantages is None:
+            return with_advantages(batch, advantages(rewards, response, greedy))
+        last = jnp.arange(response.shape[1])[None] == last_token_index(response)[:, None]
+        steps = said_of(token_rewards, response) | last & response
+        return with_advantages(batch, token_advantages(rewards, response, steps))
 
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]

@@ -90,7 +90,7 @@ def in_rows(f: Callable[[Rollout], Any], samples: Rollout, mesh: Mesh) -> np.nda
 
 def score(reward: Reward, samples: Rollout, texts: Texts, mesh: Mesh) -> np.ndarray:
     """One reward of every sampled response, [N]."""
-    return np.asarray(on_host_scores(reward, samples, texts, mesh).values)
+    return np.asarray(on_host_scores(reward, samples, texts, mesh).total)
 
 
 class Probe:

@@ -20,6 +20,7 @@ from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import STOP, Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
 from jrlhf.sharding import fetch, leads, path_names, state_shardings
+from jrlhf.training.monitors import Monitor, Snapshots
 from jrlhf.types import TrainState
 
 
@@ -144,6 +145,7 @@ def train(
     show: tuple[str, ...] = ("train/loss",),
     position: Callable[[int], dict] = lambda step: {"step": step},
     resume_position: Callable[[dict], None] | None = None,
+    monitor: Monitor | None = None,
 ) -> TrainState:
     """Run `do_step(state, step, finish) -> (state, metrics, batch)` from the last checkpoint to `steps`.
 
@@ -151,6 +153,7 @@ def train(
     moment at which they come is step n's end. A `do_step` that itself waits for the devices calls `finish()` (which
     fetches and logs the step before) when its first work is dispatched and before it waits: what it measures from
     there on is time of its own step.
+    A `monitor` that says so ends training early; what is returned, and evaluated last, may then be an earlier policy.
     Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
     """
     checkpointer = Checkpointer(
@@ -162,8 +165,16 @@ def train(
         ctx.console.print(f"  resuming at step {start} of {steps}")
         if resume_position is not None:
             resume_position(where)
+        if monitor is not None:
+            monitor.restore(where["alarms"])
     else:
         start, state = 0, make_state()
+    snapshots = None
+    if monitor is not None and monitor.alarms.on_alarm == "rollback":
+        snapshots = Snapshots(ctx.folder, monitor, ctx.console.print)
+        if start == 0:
+            snapshots.keep(0, state.params["policy"])
+    done, ending = start, False
     logger = MetricLogger(ctx.folder, resume_step=start if restored is not None else None)
     pending: tuple | None = None
     last: dict = {}
@@ -177,6 +188,8 @@ def train(
         pending = None
         values = jax.device_get(metrics)
         last = {k: float(v) for k, v in values.items()}
+        if monitor is not None:
+            last |= monitor.observe(step, last)
         bad = [k for k, v in last.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]
         now = time.perf_counter()
         logger.log(step, last | performance(last, now - clock))
@@ -196,13 +209,23 @@ def train(
                 pending = (step + 1, metrics, batch)
                 bar.update(step, {k: last[k] for k in show if k in last})
                 done = step + 1
-                due = done == steps or (config.eval_every > 0 and done % config.eval_every == 0)
+                ending = monitor is not None and monitor.ended(done)
+                if snapshots is not None and (ending or snapshots.due(done)):
+                    flush()
+                    snapshots.consider(done, state.params["policy"])
+                    clock = time.perf_counter()
+                if snapshots is not None and ending:
+                    policy = snapshots.best(state.params["policy"])
+                    state = state._replace(params={**state.params, "policy": policy})
+                due = ending or done == steps or (config.eval_every > 0 and done % config.eval_every == 0)
                 if evaluate is not None and due:
                     flush()
                     evaluated = {k: float(v) for k, v in evaluate(state, done).items()}
                     logger.log(done, evaluated)
                     last |= evaluated
                     clock = time.perf_counter()  # no part of the next step
+                if ending:
+                    break  # like the last step it leaves no checkpoint: a run killed after it comes to it again
                 stopping = STOP.requested and done < steps
                 if stopping or (
                     config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps
@@ -212,14 +235,17 @@ def train(
                         raise UserError(
                             f"loop.keep_best: no such metric.{did_you_mean(config.keep_best, last)}"
                         )
-                    checkpointer.save(done, state, position(done), last)
+                    where = position(done) | ({"alarms": monitor.state()} if monitor is not None else {})
+                    checkpointer.save(done, state, where, last)
                     clock = time.perf_counter()
                 if stopping:
                     raise Preempted(f"{ctx.name}: saved at step {done} of {steps}")
             flush()
-            bar.update(steps, {k: last[k] for k in show if k in last})
+            bar.update(done if ending else steps, {k: last[k] for k in show if k in last})
     finally:
         checkpointer.close()
+        if snapshots is not None:
+            snapshots.close()
         logger.close()
     return state
 

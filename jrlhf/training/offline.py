@@ -34,7 +34,7 @@ def train_offline(
     template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     feed: BatchFeed | StreamFeed
-    where: dict[str, Callable] = {}
+    where: dict[str, Any] = {}
     if isinstance(arrays, StreamFeed):
         feed = arrays
         where = {"position": lambda n: arrays.position, "resume_position": arrays.restore}

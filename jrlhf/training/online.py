@@ -12,15 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
-from jrlhf.data.batching import Batches
+from jrlhf.data.batching import Batches, EasyFirst
+from jrlhf.data.curation import Curriculum
 from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
 from jrlhf.rollout.rollout import rollout
 from jrlhf.sharding import check_batch, fetch, put_batch
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
+from jrlhf.training.monitors import Monitor
 from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate, score_metrics
-from jrlhf.types import Algorithm, Rollout, Scores, TrainState
+from jrlhf.types import Algorithm, Array, Rollout, Scores, TrainState
 
 
 class Scored(NamedTuple):
@@ -48,12 +50,17 @@ def train_online(
     ptx: Any = None,
     evaluate: Callable[[TrainState, int], dict] | None = None,
     show: tuple[str, ...] = ("reward/score/mean", "kl/ref_k1"),
+    monitor: Monitor | None = None,
+    curriculum: Curriculum | None = None,
 ) -> TrainState:
     """One iteration: `batch_size` responses (`group_size` to each prompt), their rewards, and the algorithm's update.
 
-    watch: rewards that are only logged (the gold reward of a laboratory). ptx: arrays of pretraining text, of which
-    each iteration takes one row per response. Everything drawn depends on (key, number of the round) alone; without
-    resampling an iteration is one round. With it, the number of rounds so far is saved with each checkpoint.
+    watch: rewards that are only logged (a held-out reward model, the gold reward of a laboratory). ptx: arrays of
+    pretraining text, of which each iteration takes one row per response. monitor: may end training early.
+    curriculum: which prompts come when.
+
+    Everything drawn depends on (key, number of the round) alone; without resampling an iteration is one round. With
+    it, the number of rounds so far is saved with each checkpoint.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
@@ -61,7 +68,10 @@ def train_online(
         raise ValueError("this algorithm learns from a dataset: it has no make_batch")
     make_batch = jax.jit(algorithm.make_batch)
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
-    batches = Batches(len(ids), loop.batch_size // config.group_size, ctx.seed)
+    asked = loop.batch_size // config.group_size  # prompts of a round
+    batches: Batches | EasyFirst = Batches(len(ids), asked, ctx.seed)
+    if curriculum is not None:
+        batches = EasyFirst(curriculum.difficulty(rows), asked, ctx.seed, curriculum.share)
     text_feed = BatchFeed(ptx, loop.batch_size, ctx.seed, mesh) if ptx is not None else None
     need_text = reward.needs_text or any(w.needs_text for w in watch)
     greedy = (
@@ -102,16 +112,21 @@ def train_online(
             scored, used, extra = answers(state, rounds, sampler, dispatched), 1, {}
         samples, scores, texts = scored
         rolled = time.perf_counter()
-        extra |= score_metrics(reward.name, scores) | watched(samples, texts, scores.values, watch)
+        extra |= score_metrics(reward.name, scores) | watched(samples, texts, scores.total, watch)
+        if curriculum is not None:
+            extra["rollout/competence"] = curriculum.share(rounds)
+        if reward.trained_on is not None:
+            extra["reward/out_of_range"] = share_outside(scores.total, reward.trained_on)
         # 2. What else the algorithm wants.
         more = (text_feed(n),) if text_feed is not None else ()
         if greedy is not None:
             baseline = answers(state, rounds, greedy, dispatched)
-            extra["reward/greedy/mean"] = jnp.mean(baseline.scores.values)
-            more = (shaped(baseline.samples, baseline.scores.values),)
+            extra["reward/greedy/mean"] = jnp.mean(baseline.scores.total)
+            more = (shaped(baseline.samples, baseline.scores.total),)
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
-        batch = make_batch(state._replace(ref_params=frozen), samples, scores.values, *more)
+        earned = {} if scores.tokens is None else {"token_rewards": scores.tokens}
+        batch = make_batch(state._replace(ref_params=frozen), samples, scores.values, *more, **earned)
         state, metrics = step(state, frozen, batch)
         if texts is not None:  # the host has waited for the rollout, so that its time is known
             extra["time/rollout"] = rolled - began
@@ -126,7 +141,7 @@ def train_online(
     try:
         return train(
             ctx, loop, loop.steps, template, make_state, do_step, evaluate, show,
-            lambda n: {"step": n, "rounds": rounds}, resume,
+            lambda n: {"step": n, "rounds": rounds}, resume, monitor,
         )  # fmt: skip
     finally:
         if text_feed is not None:
@@ -147,9 +162,9 @@ def resampled(
     for used in range(1, config.resample_rounds + 1):
         samples, scores, texts = draw(first + used - 1)
         samples, scores = fetch((samples, scores))
-        groups = scores.values.reshape(-1, config.group_size)
+        groups = scores.total.reshape(-1, config.group_size)
         differ = np.repeat(groups.max(axis=1) > groups.min(axis=1), config.group_size)
-        means.append(float(np.mean(scores.values)))
+        means.append(float(np.mean(scores.total)))
         for kept, into in ((differ, useful), (~differ, useless)):
             into.append(take_scored(Scored(samples, scores, texts), np.flatnonzero(kept)))
         seen += int(differ.sum())
@@ -182,18 +197,37 @@ def joined(parts: list[Scored]) -> Scored:
 
 
 def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:
-    """Rewards that are logged and not learned from, and what only text can tell."""
+    """Rewards that are logged and not learned from, and what only text can tell. Scores on the devices stay there."""
     metrics: dict[str, Any] = {}
-    for reward in watch:
-        said = fetch(reward.score(samples, texts))
-        values = np.asarray(said.values)
+    for n, reward in enumerate(watch):
+        said = reward.score(samples, texts)
+        beside = compared(scores, said.total)
         metrics |= score_metrics(reward.name, said)
-        metrics[f"reward/{reward.name}/mean"] = float(np.mean(values))
-        metrics[f"reward/{reward.name}/std"] = float(np.std(values))
-    if watch:
-        metrics["reward/gold_proxy_gap"] = (
-            float(np.mean(fetch(scores))) - metrics[f"reward/{watch[0].name}/mean"]
-        )
+        metrics |= {f"reward/{reward.name}/{what}": beside[what] for what in ("mean", "std", "corr")}
+        if n == 0:
+            metrics["reward/gold_proxy_gap"] = beside["gap"]
     if texts is not None:
         metrics["rollout/repeat_rate"] = repeat_rate(texts.ids)
     return metrics
+
+
+@jax.jit
+def compared(scores: Array, others: Array) -> dict[str, jax.Array]:
+    """Of another reward of the same answers, [B] each: its mean and std, its correlation with the scores, and how much
+    higher these are."""
+    scores, others = jnp.asarray(scores, jnp.float32), jnp.asarray(others, jnp.float32)
+    mean, std = jnp.mean(others), jnp.std(others)
+    covariance = jnp.mean((scores - jnp.mean(scores)) * (others - mean))
+    return {
+        "mean": mean,
+        "std": std,
+        "corr": covariance / jnp.maximum(jnp.std(scores) * std, 1e-8),
+        "gap": jnp.mean(scores) - mean,
+    }
+
+
+@jax.jit
+def share_outside(scores: Array, bounds: tuple[float, float]) -> jax.Array:
+    """Share of scores [B] below the first bound or above the second."""
+    low, high = bounds
+    return jnp.mean((scores < low) | (scores > high), dtype=jnp.float32)

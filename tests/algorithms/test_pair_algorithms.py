@@ -78,7 +78,7 @@ def make_batch(k=2, model=BIGRAMS, side="right", length=9, pad_id=0):
             response[row, answer, start + len(prompt) : end] = True
     nothing = np.zeros((ROWS, k), np.float32)
     batch = PairBatch(tokens, mask, response, nothing)
-    batch = RankedBatch(*batch, ranks) if k > 2 else batch
+    batch = RankedBatch(*batch[:4], ranks) if k > 2 else batch
     return batch._replace(ref_logprobs=np.asarray(scored[model](batch)))
 
 
@@ -265,7 +265,7 @@ def test_a_ranking_of_two_is_dpo():
     """Plackett-Luce and Bradley-Terry agree on pairs; where nothing ties, so does Rao-Kupper as ties become rare."""
     pairs = make_batch()
     dpo = step(CONFIGS["sigmoid"], pairs)
-    ranked = RankedBatch(*pairs, np.tile(np.array([1, 2], np.int32), (ROWS, 1)))
+    ranked = RankedBatch(*pairs[:4], np.tile(np.array([1, 2], np.int32), (ROWS, 1)))
     turned = jax.tree.map(lambda x: x[:, ::-1].copy(), ranked)
     for likelihood in ("plackett_luce", "bradley_terry"):
         for batch in (ranked, turned):

@@ -110,6 +110,22 @@ def test_they_are_reward_functions():
             REWARDS[name](prompts, completions, [{}])
 
 
+def test_a_beginning_is_right_while_every_step_is():
+    so_far = REWARDS["sorter_so_far"]
+    wrong_end = RIGHT_PARITY.replace("= even", "= odd")
+    texts = {
+        "3 ;": 1,
+        "3 ; 1 3 ; ": 1,
+        "3 ; 1 3": 1,
+        "3 ; 3 1": 0,
+        "3 ; 3 1 ; 1 2 3 = 1 2 3": 0,
+        RIGHT: 1,
+        "": 0,
+    }
+    assert so_far([SORT] * len(texts), list(texts), [{}] * len(texts)).tolist() == list(texts.values())
+    assert so_far([PARITY] * 2, [RIGHT_PARITY, wrong_end], [{}] * 2).tolist() == [1, 0]
+
+
 # Properties
 
 

@@ -345,7 +345,7 @@ def test_step_accuracy_counts_steps_and_first_errors():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        (replace(BASE, weights={"helpful": 1.0}), "there are none in algorithm.criteria"),
+        (replace(BASE, weights={"helpful": 1.0}), "algorithm has none of these"),
         (
             replace(BASE, algorithm=RewardModelConfig(criteria=CRITERIA), weights={"stile": 1.0}),
             "weights: 'stile' is no head. Did you mean 'style'?",

@@ -26,7 +26,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import make_reward, read_texts
+from jrlhf.training.rewards import make_reward, on_host_scores, read_texts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -41,7 +41,11 @@ from jrlhf.training.stages.sizes import sampling_plan, usable
 
 @dataclass(frozen=True)
 class BestOfN(MeshStage):
-    """Rerank samples of a policy by the reward: the strongest simple baseline. Leaves `best_of_n.json`."""
+    """Rerank samples of a policy by the reward: the strongest simple baseline. Leaves `best_of_n.json`.
+
+    Where the reward has parts (a process reward's aggregates of an answer's steps, the parts of a mix), the results
+    also tell the gold of the best by each part alone, from the same samples (`gold_by`).
+    """
 
     artifact: ClassVar[str] = BEST_OF_N
 
@@ -83,8 +87,9 @@ class BestOfN(MeshStage):
                 samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
             texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
             by_prompt = lambda x: np.asarray(x, np.float64).reshape(len(ids), n)  # noqa: E731
+            scores = on_host_scores(reward, samples, texts, mesh)
             values = {
-                "proxy": by_prompt(score(reward, samples, texts, mesh)),
+                "proxy": by_prompt(scores.total),
                 "gold": by_prompt(score(gold, samples, texts, mesh)),
                 "length": by_prompt(np.sum(samples.response_mask, axis=1)),
                 "ended": by_prompt(samples.ended),
@@ -92,15 +97,24 @@ class BestOfN(MeshStage):
         ns = [2**i for i in range(n.bit_length()) if 2**i <= n]
         proxy = values["proxy"]
         curves = {name: {str(m): best_of_n(proxy, v, m).tolist() for m in ns} for name, v in values.items()}
+        by_part = {
+            part: {str(m): best_of_n(by_prompt(said), values["gold"], m).tolist() for m in ns}
+            for part, said in (scores.parts if self.gold else {}).items()
+        }
         table = {
             "prompts": [prompt_text(row["prompt"]) for row in rows],
             "n": ns,
             "kl": [best_of_n_kl(m) for m in ns],
             "per_prompt": curves,
+            "gold_by": by_part,
             "best_text": [texts.completions[i * n + int(np.argmax(proxy[i]))] for i in range(len(ids))],
         }
         write_text(ctx.folder / "best_of_n.json", json.dumps(table))
-        return {name: {m: float(np.mean(v)) for m, v in by_n.items()} for name, by_n in curves.items()}
+        means = lambda by_n: {m: float(np.mean(v)) for m, v in by_n.items()}  # noqa: E731
+        results: dict = {name: means(by_n) for name, by_n in curves.items()}
+        if by_part:
+            results["gold_by"] = {part: means(by_n) for part, by_n in by_part.items()}
+        return results
 
 
 def best_of_n_table(folder: Path) -> dict:

@@ -11,6 +11,7 @@ from jrlhf.algorithms import FROM_ROLLOUTS
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.sft import sft_loss
 from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError, did_you_mean, stage_ref_or_name
+from jrlhf.data.curation import Curriculum
 from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
@@ -20,6 +21,7 @@ from jrlhf.training.artifacts import Beginning, Loaded, begin, load_adapter, loa
 from jrlhf.training.data import text_batch
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
+from jrlhf.training.monitors import Alarms, Monitor
 from jrlhf.training.online import train_online
 from jrlhf.training.rewards import make_reward
 from jrlhf.training.stages.common import (
@@ -33,7 +35,7 @@ from jrlhf.training.stages.common import (
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import with_references
-from jrlhf.training.stages.sizes import at_most, trained_bytes, training_plan, usable
+from jrlhf.training.stages.sizes import at_most, local_rows, trained_bytes, training_plan, usable
 from jrlhf.types import Algorithm
 
 
@@ -58,6 +60,10 @@ class RolloutStage(FineTuningStage):
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig(lr=1e-4, eps=1e-5)
     gold: str = stage_ref_or_name("", REWARD_MODEL)  # a reward that is only logged
+    # More that are only logged. The first of these (without any, `gold`) is the held-out reward of `alarms`.
+    watch: tuple[str, ...] = stage_ref_or_name((), REWARD_MODEL)
+    alarms: Alarms = field(default=Alarms())
+    curriculum: Curriculum | None = None  # prompts from easy to hard, instead of a new order in every epoch
     eval_prompts: Source | None = None
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
@@ -72,6 +78,20 @@ class RolloutStage(FineTuningStage):
         check_reward(self.reward, stages)
         if self.gold:
             check_reward(self.gold, stages, "gold")
+        for name in self.watch:
+            check_reward(name, stages, "watch")
+        if {self.reward, self.gold} & {*self.watch} or len({*self.watch}) < len(self.watch):
+            raise UserError(f"watch {self.watch}: name rewards other than reward and gold, each once")
+        if self.alarms.on_alarm == "rollback" and not self.held_out:
+            raise UserError(
+                "alarms.on_alarm 'rollback' goes back to the policy with the best held-out reward: name one in watch"
+            )
+        if getattr(stages.get(self.reward), "token_rewards", False) and not self.algorithm.token_rewards:
+            able = sorted(c.__name__ for c in (PPOConfig, *FROM_ROLLOUTS) if c.token_rewards)
+            raise UserError(
+                f"reward {self.reward!r} rewards single steps, and {type(self.algorithm).__name__} has one advantage "
+                f"for a whole answer; use {', '.join(able)}, or as_reward 'outcome' in {self.reward!r}"
+            )
         if self.sampling.filtered:
             raise UserError(
                 f"sampling: {type(self).__name__} trains the distribution that is sampled, so top_k, top_p, min_p and "
@@ -100,6 +120,8 @@ class RolloutStage(FineTuningStage):
         prompt = self.max_prompt or config.context - self.sampling.max_new_tokens
         length = at_most(prompt + self.sampling.max_new_tokens)
         prompts = usable(self.prompts, self.too_long)
+        if self.curriculum and (rows := local_rows(self.prompts)):
+            self.curriculum.difficulty(rows)  # or says which row has none
         plan = training_plan(config, self.loop, prompts, length, lora=self.lora)
         return with_references(plan, self, config)
 
@@ -119,8 +141,7 @@ class RolloutStage(FineTuningStage):
             # With adapters, a reward model that was trained as one beside the same base shares that base.
             shared = (ctx.parents[self.start], policy) if self.lora.rank else None
             reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer, shared)
-            watched = self.gold and self.gold != self.reward
-            watch = [make_reward(self.gold, dict(ctx.parents), mesh, tokenizer)] if watched else []
+            watch = [make_reward(name, dict(ctx.parents), mesh, tokenizer) for name in self.watched]
 
             slots = prompt_slots(ids, eval_ids)
             sampler = Sampler(model, tokenizer, mesh, self.sampling, slots)
@@ -133,14 +154,26 @@ class RolloutStage(FineTuningStage):
                 whole = lambda state: model.whole(state.params["policy"], beginning.frozen)  # noqa: E731
                 evaluate = lambda state, step: probe(whole(state), step)  # noqa: E731
             learner = self.learner(ctx, mesh, policy, beginning, jax.random.fold_in(key, 5), slots)
+            monitor = Monitor(self.alarms, self.held_out, ctx.console)
             shown = "reward/sampled/mean" if self.algorithm.resample_rounds else "reward/score/mean"
             state = train_online(
                 ctx, mesh, self.loop, self.algorithm, learner.algorithm, learner.start, learner.axes, sampler,
                 rows, ids, reward, watch, jax.random.fold_in(key, 3), learner.text, evaluate,
                 (shown, *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
+                monitor, self.curriculum,
             )  # fmt: skip
             save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
-        return {"kl_coef": float(state.extra["kl_coef"])}
+        return {"kl_coef": float(state.extra["kl_coef"])} | monitor.results()
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Rewards that are logged and not learned from."""
+        return ((self.gold,) if self.gold and self.gold != self.reward else ()) + self.watch
+
+    @property
+    def held_out(self) -> str:
+        """The reward that shows whether `reward` is still to be believed; "" without one."""
+        return next(iter(self.watch + self.watched), "")
 
     @property
     def updates(self) -> int:

@@ -37,7 +37,7 @@ from jrlhf.training.stages.common import (
 from jrlhf.training.stages.sizes import sampling_plan, usable
 from jrlhf.types import Plan
 
-TAKEN = ("total", "score", "sampled", "greedy")  # reward/<name>/mean of the driver's own
+TAKEN = ("total", "score", "sampled", "greedy", "tokens")  # reward/<name>/mean of the driver's own
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class RewardMix(MeshStage):
             found = {}
             for name, part in self.parts.items():
                 reward = make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)
-                values = np.asarray(on_host_scores(reward, samples, texts, mesh).values, np.float64)
+                values = np.asarray(on_host_scores(reward, samples, texts, mesh).total, np.float64)
                 if values.std() < 1e-6:
                     raise UserError(
                         f"parts.{name}: {part.reward!r} gives every answer of {self.start!r} the same reward, "
