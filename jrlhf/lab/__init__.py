@@ -28,6 +28,7 @@ from jrlhf.lab.sorter import (
     sorter_gold,
     sorter_maximum,
     sorter_scores,
+    sorter_so_far,
     sorter_steps,
     step_labels,
 )
@@ -42,6 +43,7 @@ REWARDS: "dict[str, RewardFn]" = {
     "larder_gold_B": partial(group_gold, "B"),
     "sorter_answer": sorter_answer,
     "sorter_gold": sorter_gold,
+    "sorter_so_far": sorter_so_far,
     "sorter_steps": sorter_steps,
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "sorter_gold",
     "sorter_maximum",
     "sorter_scores",
+    "sorter_so_far",
     "sorter_steps",
     "step_labels",
     "vocabulary",
