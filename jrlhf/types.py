@@ -189,6 +189,7 @@ class Scores(NamedTuple):
     parts: Mapping[str, Array] = {}
     failed: Array | None = None  # [N] bool: could not be scored; the value is what the config says
     timed_out: Array | None = None  # [N] bool: the same, for want of time (not counted in `failed`)
+    unscored: Mapping[str, tuple] = {}  # of parts: their own (failed, timed_out)
     # [N, R] float32: what single tokens earn beside the values (rewards of steps), NaN where nothing is said of one
     tokens: Array | None = None
 

@@ -12,6 +12,7 @@ from helpers import fake_params
 from rich.console import Console
 
 from jrlhf.config import MeshConfig, from_dict, to_dict
+from jrlhf.data.curation import Between
 from jrlhf.data.tokenizer import load_tokenizer
 from jrlhf.experiment import Experiment, dry_run, load_experiment, run, stage_folders
 from jrlhf.metrics import check_name, read_metrics
@@ -99,6 +100,8 @@ def shrink(value, checkpoint: Path):
         )
     if isinstance(value, stages.Checkpoint):
         return dataclasses.replace(value, path=str(checkpoint), remat="none")
+    if isinstance(value, Between):  # a model that learned nothing solves nothing
+        return shrink(value.source, checkpoint)
     if isinstance(value, (tuple, list)):
         return type(value)(shrink(item, checkpoint) for item in value)
     if isinstance(value, dict):
@@ -111,6 +114,8 @@ def shrink(value, checkpoint: Path):
     for size, small in SIZES.items():
         if size in changed:
             changed[size] = small
+    if isinstance(value, stages.BestAnswers):  # few answers end: SFT on the best needs some that do
+        changed |= {"samples": 16, "keep": 16}
     return type(value)(**changed)
 
 

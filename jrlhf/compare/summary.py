@@ -37,7 +37,7 @@ class Row:
     gold: Interval
     share: Interval | None  # of the maximum that the gold reward allows
     gain: Interval | None  # gold minus the baseline's, paired by prompt; None for the baseline
-    gap: Interval | None  # the policy's own gold on the main split minus that on this one; None on the main split
+    gap: Interval | None  # the policy's gold on the main split minus that on this one; None on the main split
     win: Interval | None  # share of answers above the baseline's by gold, ties half; None for the baseline
     proxy: Interval | None
     kl: Interval | None  # limits are NaN where the value is exact

@@ -573,7 +573,9 @@ class EasyFirst:
 
     def __init__(self, difficulty: np.ndarray, batch_size: int, seed: int, share: Callable[[int], float]):
         if len(difficulty) < batch_size:
-            raise UserError(f"{len(difficulty)} rows do not fill one batch of {batch_size}. Lower batch_size.")
+            raise UserError(
+                f"{len(difficulty)} rows do not fill one batch of {batch_size}. Lower batch_size."
+            )
         self._order = np.lexsort((_permutation(len(difficulty), seed, (0, 2)), difficulty))
         self.batch_size, self.seed, self._share = batch_size, seed, share
 

@@ -35,9 +35,7 @@ from jrlhf.types import Array, Params, RewardFn, Rollout, Scores
 
 # What stages leave that have no model of their own; they name the folders beside their own whose models they use.
 ENSEMBLE, JUDGE, MIX, VERIFIER = "ensemble.json", "judge.json", "mix.json", "verifier.json"
-STEP_REWARD = "step_reward.json"
-RUBRIC = "rubric.json"
-LENGTH = "length.json"
+STEP_REWARD, RUBRIC, LENGTH = "step_reward.json", "rubric.json", "length.json"
 
 # Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
 # in `jrlhf/rewards/__init__.py`.
@@ -126,7 +124,7 @@ def checked(name: str, scores: Scores, n: int) -> Scores:
     values = _numbers(f"reward {name!r}", scores.values, n)
     parts = {p: _numbers(f"part {p!r} of reward {name!r}", v, n) for p, v in scores.parts.items()}
     flags = {"failed": scores.failed, "timed_out": scores.timed_out}
-    said = {what: np.asarray(flag, bool) for what, flag in flags.items() if flag is not None}
+    said: dict[str, Any] = {what: np.asarray(flag, bool) for what, flag in flags.items() if flag is not None}
     for what, flag in said.items():
         if flag.shape != (n,):
             raise UserError(f"reward {name!r}: {what!r} has shape {flag.shape}; expected {n} bools")
@@ -148,46 +146,65 @@ def score_metrics(name: str, scores: Scores) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for part, values in scores.parts.items():
         metrics[f"reward/{part}/mean"], metrics[f"reward/{part}/std"] = jnp.mean(values), jnp.std(values)
-    if scores.failed is not None:
-        metrics[f"reward/{name}/fail_rate"] = jnp.mean(scores.failed, dtype=jnp.float32)
-    if scores.timed_out is not None:
-        metrics[f"reward/{name}/timeout_rate"] = jnp.mean(scores.timed_out, dtype=jnp.float32)
+    for part, (failed, timed_out) in unscored(name, scores).items():
+        if failed is not None:
+            metrics[f"reward/{part}/fail_rate"] = jnp.mean(failed, dtype=jnp.float32)
+        if timed_out is not None:
+            metrics[f"reward/{part}/timeout_rate"] = jnp.mean(timed_out, dtype=jnp.float32)
     return metrics
+
+
+def unscored(name: str, scores: Scores) -> dict[str, tuple]:
+    """(failed, timed_out) of a reward and of its parts, of those that can fail."""
+    own = (scores.failed, scores.timed_out)
+    fails = any(flag is not None for flag in own)
+    return ({name: own} if fails else {}) | dict(scores.unscored)
+
+
+def either(flags: list[Any]) -> np.ndarray | None:
+    """[B] of several [B] bool: where any is set. Some may be None, all of them make None."""
+    known = [flag for flag in flags if flag is not None]
+    return np.any(known, axis=0) if known else None
 
 
 def stage_reward(
     name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base: tuple[Path, Loaded] | None = None
 ) -> Reward:
-    """The reward of a finished stage, by what it left: an ensemble's or judge's note, or a reward model."""
-    if (folder / ENSEMBLE).is_file():
-        return ensemble_reward(name, folder, mesh, tokenizer, base)
-    if (folder / MIX).is_file():
-        return mixed_reward(name, folder, mesh, tokenizer, base)
-    if (folder / LENGTH).is_file():
-        return length_corrected_reward(name, folder, mesh, tokenizer, base)
-    if (folder / JUDGE).is_file():
-        noted = read_json(folder / JUDGE)
-        # Several processes agree on what a server said, in an order of their own: not in threads.
-        on_host = "asked" in noted and jax.process_count() == 1
-        return text_reward(name, judge_of(name, noted, folder, mesh), on_host)
-    if (folder / RUBRIC).is_file():
-        noted = read_json(folder / RUBRIC)
-        on_host = "asked" in noted and jax.process_count() == 1
-        return text_reward(name, rubric_scorer(name, noted, folder, mesh), on_host)
-    if (folder / VERIFIER).is_file():
-        # Several processes agree on what was too slow, in an order of their own: not in threads.
-        verifier = verifier_of(read_json(folder / VERIFIER))
-        return text_reward(name, verifier, on_host=jax.process_count() == 1)
-    if (folder / STEP_REWARD).is_file():
-        noted = read_json(folder / STEP_REWARD)
-        process = process_reward(name, folder.parent / noted["model"], mesh)
-        paid = replace(process, as_reward=noted["as_reward"], aggregate=noted["aggregate"])
-        return steps_reward(name, paid, tokenizer)
+    """The reward of a finished stage, by what it left: a note of `NOTED`, or a reward model."""
+    for note, make in NOTED.items():
+        if (folder / note).is_file():
+            return make(name, folder, mesh, tokenizer, base)
     if "process" in model_meta(folder, "scalar"):
         return steps_reward(name, process_reward(name, folder, mesh), tokenizer)
     model, params = _learned(name, folder, mesh, tokenizer, base)
     scores = lambda rollout, texts: Scores(jitted_scores(model, params, rollout.tokens, rollout.mask))  # noqa: E731
     return Reward(name, False, scores, trained_on=trained_range(model_meta(folder, "scalar")))
+
+
+def judged_reward(name: str, folder: Path, mesh: Mesh, *_: Any) -> Reward:
+    noted = read_json(folder / JUDGE)
+    return text_reward(name, judge_of(name, noted, folder, mesh), "asked" in noted and one_process())
+
+
+def rubric_reward(name: str, folder: Path, mesh: Mesh, *_: Any) -> Reward:
+    noted = read_json(folder / RUBRIC)
+    return text_reward(name, rubric_scorer(name, noted, folder, mesh), "asked" in noted and one_process())
+
+
+def verified_reward(name: str, folder: Path, *_: Any) -> Reward:
+    return text_reward(name, verifier_of(read_json(folder / VERIFIER)), one_process())
+
+
+def one_process() -> bool:
+    """Several processes agree on what a server said or what was too slow, in an order of their own: not in threads."""
+    return jax.process_count() == 1
+
+
+def paid_steps_reward(name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, *_: Any) -> Reward:
+    noted = read_json(folder / STEP_REWARD)
+    process = process_reward(name, folder.parent / noted["model"], mesh)
+    paid = replace(process, as_reward=noted["as_reward"], aggregate=noted["aggregate"])
+    return steps_reward(name, paid, tokenizer)
 
 
 def process_reward(name: str, folder: Path, mesh: Mesh) -> ProcessReward:
@@ -224,7 +241,12 @@ def ensemble_reward(
         said = scores_of(members, rollout, texts, mesh)
         # Rows of an array of several heads come first everywhere else, so that they are last here.
         every = tuple(s.total[None] if s.values.ndim == 1 else s.values.T for s in said)
-        return Scores(combined(how, lam, weights, every), parts={"disagreement": disagreement(every)})
+        return Scores(
+            combined(how, lam, weights, every),
+            parts={"disagreement": disagreement(every)},
+            failed=either([s.failed for s in said]),
+            timed_out=either([s.timed_out for s in said]),
+        )
 
     return Reward(name, any(m.needs_text for m in members), score)
 
@@ -334,12 +356,14 @@ def mixed_reward(
                         "only rewards that are never negative can be multiplied"
                     )
         total = jitted_mix(tuple(values), mean, std, weights, gates, chosen, how)
-        either = lambda flags: np.any(flags, axis=0) if flags else None  # noqa: E731
         return Scores(
             total,
             parts={r.name: v for r, v in zip(rewards, values, strict=True)},
-            failed=either([s.failed for s in said if s.failed is not None]),
-            timed_out=either([s.timed_out for s in said if s.timed_out is not None]),
+            failed=either([s.failed for s in said]),
+            timed_out=either([s.timed_out for s in said]),
+            unscored={
+                k: v for r, s in zip(rewards, said, strict=True) for k, v in unscored(r.name, s).items()
+            },
         )
 
     return Reward(name, reads_text, score)
@@ -361,6 +385,18 @@ def jitted_mix(values, mean, std, weights, gates, chosen, how: Mixing) -> jax.Ar
     """[B] of the parts' values, [B] each, normalised by their mean and std [M]."""
     scores = (jnp.stack(values) - mean[:, None]) / std[:, None]
     return mix_scores(scores, how, weights, gates, chosen)
+
+
+# The reward that each of these files notes. To add one: a stage that writes such a file, and a line.
+NOTED: dict[str, Callable[..., Reward]] = {
+    ENSEMBLE: ensemble_reward,
+    MIX: mixed_reward,
+    LENGTH: length_corrected_reward,
+    JUDGE: judged_reward,
+    RUBRIC: rubric_reward,
+    VERIFIER: verified_reward,
+    STEP_REWARD: paid_steps_reward,
+}
 
 
 def is_head_ensemble(meta: dict[str, Any]) -> bool:

@@ -157,6 +157,8 @@ def test_what_learns_from_a_mix_logs_every_part(left):
     assert first["reward/score/mean"] == pytest.approx(total, abs=1e-4)
     assert 0 <= first["reward/sum/fail_rate"] < 1
     assert first["reward/sum/timeout_rate"] == 0
+    assert first["reward/length/fail_rate"] == first["reward/sum/fail_rate"]
+    assert "reward/learned/fail_rate" not in first
     assert first["reward/ends/mean"] == pytest.approx(first["rollout/eos_rate"])
     assert np.isfinite(first["reward/gold/mean"])
     found = json.loads((left["best"] / "done.json").read_text())["results"]
