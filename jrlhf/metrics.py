@@ -90,7 +90,9 @@ NAMES: dict[str, Name] = {
     "rollout/informative": Name(
         "fraction", "sampled answers in groups whose scores differ (dynamic sampling)"
     ),
-    "rollout/competence": Name("fraction", "prompts, the easiest first, that may be asked by now (curriculum)"),
+    "rollout/competence": Name(
+        "fraction", "prompts, the easiest first, that may be asked by now (curriculum)"
+    ),
     "rollout/accepted": Name("fraction", "answers that are learned from (expert iteration)"),
     "mismatch/kl": Name("nats", "KL(sampler || trainer) per token, on the sampled tokens"),
     "mismatch/logp_diff_max": Name("nats", "largest |sampler - trainer| log-probability of a token"),
