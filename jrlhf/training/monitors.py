@@ -144,7 +144,8 @@ class Seen:
             if len(recent) == window:
                 self.now[name] = sum(recent) / window
                 self.start.setdefault(name, self.now[name])
-        if HELD_OUT in self.now and (self.peak is None or self.now[HELD_OUT] > self.peak[0]):
+        both = HELD_OUT in self.now and PROXY in self.now
+        if both and (self.peak is None or self.now[HELD_OUT] > self.peak[0]):
             self.peak = (self.now[HELD_OUT], self.now[PROXY])
 
     def gain(self, name: str) -> float:
@@ -187,7 +188,8 @@ class Monitor:
             for name, rule in RULES.items()
             if getattr(self.alarms, name) and all(read in metrics for read in rule.reads)
         }
-        read = {name for rule in rules.values() for name in rule.reads}
+        # The held-out reward decides what a rollback goes back to, also where its own rule is off.
+        read = {name for rule in rules.values() for name in rule.reads} | {HELD_OUT} & metrics.keys()
         # A step whose loss was not finite says nothing.
         self._seen.add(
             {n: float(metrics[n]) for n in sorted(read) if math.isfinite(metrics[n])}, self.alarms.window
@@ -231,13 +233,19 @@ class Monitor:
         return True
 
     def is_best(self, step: int) -> bool:
-        """Whether the policy after `step` steps is the best so far, by the held-out reward of the batches up to it."""
+        """Whether the policy after `step` steps is the best so far, by the held-out reward of the batches up to it.
+
+        The first policy counts, with the mean over the first `window` batches.
+        """
         value = self._seen.now.get(HELD_OUT)
-        if not agreed(value is not None and (self._best is None or value > self._best[1])):
+        if not agreed(value is not None and value > self._best_value()):
             return False
         assert value is not None
         self._best = (step, value)
         return True
+
+    def _best_value(self) -> float:
+        return self._best[1] if self._best else self._seen.start[HELD_OUT]
 
     @property
     def best_step(self) -> int:

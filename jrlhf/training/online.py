@@ -202,7 +202,7 @@ def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:
     for n, reward in enumerate(watch):
         said = reward.score(samples, texts)
         beside = compared(scores, said.total)
-        metrics |= score_metrics(reward.name, said)
+        metrics |= score_metrics(reward.name, said, f"{reward.name}.")
         metrics |= {f"reward/{reward.name}/{what}": beside[what] for what in ("mean", "std", "corr")}
         if n == 0:
             metrics["reward/gold_proxy_gap"] = beside["gap"]

@@ -141,12 +141,15 @@ def _numbers(what: str, given: Any, n: int) -> np.ndarray:
     return values
 
 
-def score_metrics(name: str, scores: Scores) -> dict[str, Any]:
-    """What is logged of a reward: its parts, and how often it had nothing to say."""
+def score_metrics(name: str, scores: Scores, before: str = "") -> dict[str, Any]:
+    """What is logged of a reward: its parts, and how often it had nothing to say. `before` the parts' names: that of a
+    reward that is only watched, whose parts may be called as those of the one that is learned from."""
     metrics: dict[str, Any] = {}
     for part, values in scores.parts.items():
-        metrics[f"reward/{part}/mean"], metrics[f"reward/{part}/std"] = jnp.mean(values), jnp.std(values)
+        metrics[f"reward/{before}{part}/mean"] = jnp.mean(values)
+        metrics[f"reward/{before}{part}/std"] = jnp.std(values)
     for part, (failed, timed_out) in unscored(name, scores).items():
+        part = part if part == name else before + part
         if failed is not None:
             metrics[f"reward/{part}/fail_rate"] = jnp.mean(failed, dtype=jnp.float32)
         if timed_out is not None:

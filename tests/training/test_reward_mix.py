@@ -159,8 +159,8 @@ def test_what_learns_from_a_mix_logs_every_part(left):
     assert first["reward/sum/timeout_rate"] == 0
     assert first["reward/length/fail_rate"] == first["reward/sum/fail_rate"]
     assert "reward/learned/fail_rate" not in first
-    assert first["reward/ends/mean"] == pytest.approx(first["rollout/eos_rate"])
-    assert np.isfinite(first["reward/gold/mean"])
+    assert first["reward/gated.ends/mean"] == pytest.approx(first["rollout/eos_rate"])
+    assert np.isfinite(first["reward/gated.gold/mean"])
     found = json.loads((left["best"] / "done.json").read_text())["results"]
     assert found["proxy"]["2"] >= found["proxy"]["1"]
     assert json.loads((left["compared"] / "evaluation.json").read_text())["reward_name"] == "gated"

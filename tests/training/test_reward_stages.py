@@ -18,11 +18,11 @@ from jrlhf.data.sources import FileSource
 from jrlhf.experiment import run
 from jrlhf.models.config import LoRAConfig
 from jrlhf.models.hf import load_hf
+from jrlhf.rewards.judges import check_template, fill
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import bootstrap_weights
 from jrlhf.training.evaluation import Sampler, score
-from jrlhf.rewards.judges import check_template, fill
 from jrlhf.training.judging import JudgeReward, LocalJudge, step_ends, verdict_ids
 from jrlhf.training.rewards import make_reward, process_reward, read_texts
 from jrlhf.training.serve import export
@@ -222,9 +222,7 @@ def test_the_judge_says_the_log_odds_of_its_verdict(left, mesh, answers, rewards
         logp, _ = policy.model.logprobs(policy.params, tokens, jnp.ones_like(tokens, bool))
         expected.append(float(logp[0, -1] - logp[1, -1]))
     np.testing.assert_allclose(rewards("judge")[:3], expected, atol=1e-4)
-    judge = JudgeReward(
-        "judge", LocalJudge("sft", policy, mesh), TEMPLATE, ("is", "honey"), "probability"
-    )
+    judge = JudgeReward("judge", LocalJudge("sft", policy, mesh), TEMPLATE, ("is", "honey"), "probability")
     chance = judge(texts.prompts, texts.completions, texts.rows).values
     np.testing.assert_allclose(chance, 1 / (1 + np.exp(-rewards("judge"))), atol=1e-6)
 
@@ -295,7 +293,9 @@ def test_a_process_reward_is_put_together_from_the_steps_as_they_were_trained(le
     for n, places in enumerate(([3, 7], [2], [], [3, 7])):
         by_token[n, places] = of_steps[n]
     np.testing.assert_allclose(pays(replace(reward, as_reward="steps")).tokens, by_token, atol=1e-5)
-    products = [np.prod(scores) if len(scores) else 0 for scores in reward.step_scores(texts.completions, rows)]
+    products = [
+        np.prod(scores) if len(scores) else 0 for scores in reward.step_scores(texts.completions, rows)
+    ]
     np.testing.assert_allclose(rewards("process"), products, atol=1e-5)
     assert set(results(left["process"])) >= {
         "held_out_step_acc",
