@@ -168,6 +168,10 @@ def no_fingerprint(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"fingerprint": False})
 
 
+# Metadata of a field that is a dict whose order can change results: the order is part of the fingerprint.
+ORDERED = {"ordered": True}
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of an experiment. To add one: a frozen dataclass with the method `run`.

@@ -340,6 +340,8 @@ def _identity(value: Any, parents: Mapping[str, str]) -> Any:
                 item = parents.get(item, item) if one else [parents.get(n, n) for n in item or ()]
             if f.metadata.get("fingerprint", True):
                 out[f.name] = _identity(item, parents)
+                if f.metadata.get("ordered"):  # or the hash would sort its keys
+                    out[f.name] = list(out[f.name].items())
         return out
     if isinstance(value, (tuple, list)):
         return [_identity(v, parents) for v in value]

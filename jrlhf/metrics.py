@@ -45,7 +45,9 @@ NAMES: dict[str, Name] = {
     "reward/<name>/fail_rate": Name("fraction", "answers that the reward could not score"),
     "reward/<name>/timeout_rate": Name("fraction", "answers that the reward had no time to score"),
     "reward/length_corr": Name("", "correlation of the score with the response's length"),
-    "reward/gold_proxy_gap": Name("reward", "learned reward minus gold reward, mean over the batch"),
+    "reward/gold_proxy_gap": Name(
+        "reward", "score minus gold reward (without one, the first that is watched), mean over the batch"
+    ),
     "reward/<name>/corr": Name("", "correlation of a reward that is only watched with the score"),
     "reward/disagreement/mean": Name("reward", "std of an answer's score over an ensemble's members: mean"),
     "reward/out_of_range": Name(

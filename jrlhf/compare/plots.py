@@ -352,7 +352,9 @@ def reward_parts(summary: Summary, looks: dict[str, Look]) -> Figure:
             *config.get("watch", ()),
         }
         found = [re.fullmatch(r"reward/([^/]+)/mean", name) for name in _names(seeds)]
-        parts = [match[0] for match in found if match and match[1] not in whole]
+        # Parts of watched rewards (`<name>.<part>`) are not what this one is made of.
+        watched = tuple(f"{name}." for name in (config.get("gold"), *config.get("watch", ())) if name)
+        parts = [m[0] for m in found if m and m[1] not in whole and not m[1].startswith(watched)]
         if not parts:
             continue
         canvas, ax = _canvas(2.6, width=4.6)

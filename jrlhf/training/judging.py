@@ -3,6 +3,7 @@
 Both encode the text anew, with their own tokenizer, so that the policy may have another.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -331,8 +332,8 @@ def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[
         if piece.strip():
             ends.append(stop)
         begin = stop
-    lengths = [len(tokenizer.decode(ids[: t + 1])) for t in range(len(ids))]
-    reached = [next(t for t, n in enumerate(lengths) if n >= end) for end in ends]
+    length = lambda t: len(tokenizer.decode(ids[: t + 1]))  # noqa: E731
+    reached = [bisect_left(range(len(ids)), end, key=length) for end in ends]
     if reached and ends[-1] == len(text):  # the end of the answer, whatever ended it
         reached[-1] = len(ids) - 1
     return reached

@@ -236,6 +236,8 @@ def train(
                             f"loop.keep_best: no such metric.{did_you_mean(config.keep_best, last)}"
                         )
                     where = position(done) | ({"alarms": monitor.state()} if monitor is not None else {})
+                    if snapshots is not None:
+                        snapshots.wait()  # the checkpoint names the best step, whose policy must be there
                     checkpointer.save(done, state, where, last)
                     clock = time.perf_counter()
                 if stopping:

@@ -190,12 +190,11 @@ class Monitor:
         }
         # The held-out reward decides what a rollback goes back to, also where its own rule is off.
         read = {name for rule in rules.values() for name in rule.reads} | {HELD_OUT} & metrics.keys()
-        # A step whose loss was not finite says nothing.
-        self._seen.add(
-            {n: float(metrics[n]) for n in sorted(read) if math.isfinite(metrics[n])}, self.alarms.window
-        )
+        # What is not finite says nothing: neither for an alarm nor against it.
+        finite = {name: float(metrics[name]) for name in sorted(read) if math.isfinite(metrics[name])}
+        self._seen.add(finite, self.alarms.window)
         for name, rule in rules.items():
-            if all(read in self._seen.now for read in rule.reads):
+            if all(read in finite and read in self._seen.now for read in rule.reads):
                 self._judge(step, name, rule)
         return {f"alarm/{name}": float(name in self._on) for name in rules}
 
@@ -238,14 +237,12 @@ class Monitor:
         The first policy counts, with the mean over the first `window` batches.
         """
         value = self._seen.now.get(HELD_OUT)
-        if not agreed(value is not None and value > self._best_value()):
+        before = self._best[1] if self._best else self._seen.start.get(HELD_OUT)
+        if not agreed(value is not None and before is not None and value > before):
             return False
         assert value is not None
         self._best = (step, value)
         return True
-
-    def _best_value(self) -> float:
-        return self._best[1] if self._best else self._seen.start[HELD_OUT]
 
     @property
     def best_step(self) -> int:
@@ -317,6 +314,10 @@ class Snapshots:
         found = self._checkpoints.restore(policy, self._monitor.best_step)
         assert found is not None
         return found[1]
+
+    def wait(self) -> None:
+        """Until what was kept is on disk."""
+        self._checkpoints.wait()
 
     def close(self) -> None:
         self._checkpoints.close()

@@ -77,7 +77,7 @@ def train_online(
     greedy = (
         replace(sampler, config=replace(sampler.config, temperature=0.0)) if config.greedy_baseline else None
     )
-    shaped = jax.jit(partial(shaped_scores, config))
+    shaped = jax.jit(partial(shaped_totals, config))
     rounds = 0  # of sampling so far
 
     def answers(state: TrainState, number: int, sampler: Sampler, dispatched: Callable[[], None]) -> Scored:
@@ -122,7 +122,7 @@ def train_online(
         if greedy is not None:
             baseline = answers(state, rounds, greedy, dispatched)
             extra["reward/greedy/mean"] = jnp.mean(baseline.scores.total)
-            more = (shaped(baseline.samples, baseline.scores.total),)
+            more = (shaped(baseline.samples, baseline.scores),)
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         earned = {} if scores.tokens is None else {"token_rewards": scores.tokens}
@@ -194,6 +194,12 @@ def joined(parts: list[Scored]) -> Scored:
     whole = lambda column: [x for part in texts for x in getattr(part, column)]  # noqa: E731
     merged = Texts._make(map(whole, Texts._fields)) if texts else None
     return Scored(together(*[p.samples for p in parts]), together(*[p.scores for p in parts]), merged)
+
+
+def shaped_totals(config: OnPolicyConfig, samples: Rollout, scores: Scores) -> jax.Array:
+    """[B]: what answers earn in all, as `score_rollout` pays it: clip and penalties are of the values alone."""
+    values = jnp.asarray(scores.values)
+    return shaped_scores(config, samples, values) + (scores.total - values)
 
 
 def watched(samples, texts: Texts | None, scores, watch: list[Reward]) -> dict:

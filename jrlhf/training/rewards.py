@@ -21,7 +21,7 @@ from jrlhf.data.chat import prompt_text
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.models.transformer import Model
-from jrlhf.ops.mixing import Mixing, mix_scores
+from jrlhf.ops.mixing import mix_scores
 from jrlhf.ops.reward_losses import Combine, combine_scores
 from jrlhf.rewards import REWARDS as PROGRAM_REWARDS
 from jrlhf.rewards.pool import verifier_of
@@ -128,6 +128,10 @@ def checked(name: str, scores: Scores, n: int) -> Scores:
     for what, flag in said.items():
         if flag.shape != (n,):
             raise UserError(f"reward {name!r}: {what!r} has shape {flag.shape}; expected {n} bools")
+    if scores.tokens is not None and (np.ndim(scores.tokens) != 2 or np.isinf(scores.tokens).any()):
+        raise UserError(
+            f"reward {name!r}: `tokens` must be [{n}, R], finite or NaN where nothing is said of a token"
+        )
     return scores._replace(values=values, parts=parts, **said)
 
 
@@ -303,9 +307,10 @@ def scores_of(rewards: Sequence[Reward], rollout: Rollout, texts: Texts | None, 
     Without a reader of text everything stays on the devices. Otherwise the host waits anyhow, and rewards that read
     tokens take some rows at a time.
     """
-    if not any(r.needs_text for r in rewards):
+    on_devices = isinstance(rollout.tokens, jax.Array)
+    if on_devices and not any(r.needs_text for r in rewards):
         return [r.score(rollout, texts) for r in rewards]
-    if isinstance(rollout.tokens, jax.Array):
+    if on_devices:
         rollout = fetch(rollout)
     with ThreadPoolExecutor(len(rewards)) as pool:
         asked = [pool.submit(r.score, rollout, texts) if r.on_host else None for r in rewards]
@@ -358,10 +363,11 @@ def mixed_reward(
                         f"reward {name!r} is a product, but its part {reward.name!r} gave {np.min(fetch(some)):g}: "
                         "only rewards that are never negative can be multiplied"
                     )
-        total = jitted_mix(tuple(values), mean, std, weights, gates, chosen, how)
+        total = jitted_mix(jnp.stack(values), how, weights, mean, std, gates, chosen)
         return Scores(
             total,
-            parts={r.name: v for r, v in zip(rewards, values, strict=True)},
+            parts={r.name: v for r, v in zip(rewards, values, strict=True)}
+            | {f"{r.name}.{k}": v for r, s in zip(rewards, said, strict=True) for k, v in s.parts.items()},
             failed=either([s.failed for s in said]),
             timed_out=either([s.timed_out for s in said]),
             unscored={
@@ -383,11 +389,7 @@ def group_numbers(name: str, parts: Sequence[str], rows: Sequence[dict]) -> np.n
     return np.asarray([parts.index(row["group"]) for row in rows], np.int32)
 
 
-@partial(jax.jit, static_argnums=6)
-def jitted_mix(values, mean, std, weights, gates, chosen, how: Mixing) -> jax.Array:
-    """[B] of the parts' values, [B] each, normalised by their mean and std [M]."""
-    scores = (jnp.stack(values) - mean[:, None]) / std[:, None]
-    return mix_scores(scores, how, weights, gates, chosen)
+jitted_mix = jax.jit(mix_scores, static_argnums=1)
 
 
 # The reward that each of these files notes. To add one: a stage that writes such a file, and a line.

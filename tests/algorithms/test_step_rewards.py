@@ -27,6 +27,7 @@ from jrlhf.metrics import check_name
 from jrlhf.ops.advantages import advantages_to_go, gae, process_advantages
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.training.exact import answer_logprobs, as_rollout, greedy_answer, probabilities, run, tabular
+from jrlhf.training.online import shaped_totals
 from jrlhf.types import Scores
 
 WORLD = exact.make_world(11)
@@ -145,6 +146,17 @@ def test_scores_know_what_answers_earn_in_all():
     tokens = np.array([[NONE, 1.0, 2.0], [NONE, NONE, NONE]], np.float32)
     np.testing.assert_allclose(Scores(np.array([0.5, 0.25], np.float32), tokens=tokens).total, [3.5, 0.25])
     assert Scores(np.ones(2)).total.tolist() == [1, 1]
+
+
+def test_the_baseline_of_greedy_answers_is_paid_as_samples_are(samples):
+    """In all, an answer earns the same whether it is sampled or the baseline."""
+    rng = np.random.default_rng(4)
+    config = ReMaxConfig(beta=0.0, score_clip=1.0, missing_eos_penalty=0.5)
+    given = np.where(np.asarray(samples.mask), rng.uniform(1.0, 2.0, samples.mask.shape), NONE)
+    scores = Scores(3.0 * np.ones(ROWS, np.float32), tokens=given.astype(np.float32))
+    batch = batch_of(config, samples, scores.values, scores.tokens, greedy=jnp.zeros(ROWS))
+    total = shaped_totals(config, as_rollout(SPACE, samples), scores)
+    np.testing.assert_allclose(total, batch.rewards.sum(axis=1), atol=1e-5)
 
 
 GROUPED = {"group_size": GROUP}

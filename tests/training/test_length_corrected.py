@@ -22,6 +22,7 @@ from jrlhf.training.stages.length_corrected import as_samples, fit_length
 from jrlhf.types import PreferenceBatch
 
 CORRECTED = LengthCorrected(reward="reward_model", start="sft", preferences="preferences")
+JUDGE = Judge("sft", template="describe {question} is {answer} thanks", verdicts=("is", "honey"))
 
 
 # --- the fit ------------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def left(one_device_runs, one_device_run):
     stages = {
-        "judge": Judge("sft", template="describe {question} is {answer} thanks", verdicts=("is", "honey")),
+        "judge": JUDGE,
         "corrected": CORRECTED,
         "judge_corrected": replace(CORRECTED, reward="judge"),
         "ppo": replace(
@@ -136,6 +137,39 @@ def test_on_the_answers_that_it_was_fitted_on_length_earns_nothing(left, mesh, a
     again = fit_length(after, samples.response_mask.sum(axis=1), prompt_of)
     assert abs(again.slope) < 1e-4
     assert again.explained < 1e-6
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate_left"])
+def test_rows_that_are_too_long_are_left_out_together_with_their_prompts(
+    left, mesh, answers, one_device_runs, too_long
+):
+    """The judge reads prompts: each must be beside its own answers."""
+    tokenizer, *_ = answers
+    rows = [json.loads(line) for line in (left["preferences"] / "preferences.jsonl").read_text().splitlines()]
+    arrays_of = lambda rows, limit=40: preference_arrays(rows, tokenizer, limit, "error", QUIET)  # noqa: E731
+    sizes = [int(arrays_of([row]).mask.sum(axis=2).max()) for row in rows]
+    limit = int(np.median(sizes))
+    stage = replace(CORRECTED, reward="judge", max_length=limit, too_long=too_long)
+    with one_device():
+        found = folders(
+            run(
+                only("pretrain", "sft", "preferences", judge=JUDGE, short=stage),
+                one_device_runs,
+                console=QUIET,
+            )
+        )
+    note = json.loads((found["short"] / "length.json").read_text())
+    if too_long == "truncate_left":
+        assert np.isfinite(note["slope"])
+        return
+    kept = [row for row, size in zip(rows, sizes, strict=True) if size <= limit]
+    assert kept != rows[: len(kept)]
+    samples, row_of = as_samples(arrays_of(kept), tokenizer.pad_id, tokenizer.eos_ids)
+    texts = read_texts(samples, [kept[i] for i in row_of], tokenizer)
+    scores = score(make_reward("judge", left, mesh, tokenizer), samples, texts, mesh)
+    fit = fit_length(scores, samples.response_mask.sum(axis=1), row_of)
+    assert np.isclose(note["slope"], fit.slope, rtol=1e-4)
+    assert np.isclose(note["mean"], fit.mean, rtol=1e-4)
 
 
 def test_a_policy_learns_from_it_and_both_are_logged(left):

@@ -4,9 +4,11 @@ they do to training."""
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -14,18 +16,21 @@ from rich.console import Console
 from tiny_runs import QUIET, folders, jsonl, lasting, one_device, only, quick_compilation
 
 from jrlhf.algorithms.ppo import PPOConfig
-from jrlhf.checkpoint import load_params
-from jrlhf.config import MeshConfig, UserError
+from jrlhf.checkpoint import Checkpointer, load_params
+from jrlhf.config import MeshConfig, StageContext, UserError
 from jrlhf.data.tokenizer import load_tokenizer
 from jrlhf.experiment import run
 from jrlhf.metrics import MetricLogger
 from jrlhf.optim import OptimConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.data import preference_arrays, split_by_prompt
+from jrlhf.training.loop import LoopConfig
+from jrlhf.training.loop import train as run_loop
 from jrlhf.training.monitors import RULES, Alarms, Monitor
 from jrlhf.training.online import compared, share_outside
 from jrlhf.training.rewards import disagreement, make_reward, on_host_scores, trained_range
 from jrlhf.training.stages.length_corrected import as_samples
+from jrlhf.types import TrainState
 
 HEALTHY = {
     "kl/ref_k1": 0.5,
@@ -150,6 +155,38 @@ def test_a_metric_that_is_not_there_or_not_finite_says_nothing():
     assert said[-1]["alarm/length"] == 0.0
 
 
+def test_a_step_without_a_number_does_not_count_the_one_before_again():
+    rows = steps(12, **{"rollout/len_mean": [10.0] * 5 + [28.0, math.nan, math.nan, 10.0]})
+    monitor, _ = watch(rows, window=1, patience=2)
+    assert monitor.raised == []
+
+
+def best_of(gold, **changed) -> list[int]:
+    """The best step after each, where every step's policy is a candidate."""
+    monitor = Monitor(Alarms(**{"window": 2, "on_alarm": "rollback"} | changed), "gold")
+    found = []
+    for n, row in enumerate(steps(len(gold), **{"reward/gold/mean": gold}), 1):
+        monitor.observe(n, row)
+        monitor.is_best(n)
+        found.append(monitor.best_step)
+    return found
+
+
+def test_a_rollback_goes_to_the_best_policy_also_where_the_rule_of_the_held_out_reward_is_off():
+    gold = [1.0, 1.0, 0.0, 3.0, 3.0, 0.0]  # means of two: 1, 0.5, 1.5, 3, 1.5
+    assert best_of(gold) == best_of(gold, held_out=0.0) == [0, 0, 0, 4, 5, 5]
+
+
+def test_nothing_but_the_start_is_gone_back_to_where_it_only_got_worse():
+    assert best_of([1.0, 1.0, 0.8, 0.6]) == [0, 0, 0, 0]
+
+
+def test_a_reward_that_was_not_finite_in_the_first_steps():
+    rows = steps(12, **{"reward/gold/mean": GOLD, "reward/score/mean": [math.nan, 0.5, 1.0]})
+    monitor, _ = watch(rows)
+    assert [a.step for a in monitor.raised if a.rule == "held_out"] == [8]
+
+
 def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
     """At every step the state goes through JSON into a fresh monitor."""
     courses = {
@@ -159,7 +196,6 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
     }
     rows = steps(16, **courses)
     whole, said = watch(rows)
-    best = [whole.best_step]
     again = Monitor(whole.alarms, "gold")
     for n, row in enumerate(rows, 1):
         after = Monitor(whole.alarms, "gold")
@@ -169,7 +205,6 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_happened():
     assert {a.rule for a in again.raised} == {"held_out", "length"}
     assert again.raised == whole.raised
     assert again.state() == whole.state()
-    assert best == [again.best_step]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +348,8 @@ def rolled_back(plain, one_device_runs):
 
 def test_rollback_leaves_the_policy_that_was_best_by_the_held_out_reward(plain, rolled_back):
     held = {row["step"]: row["reward/reward_model/mean"] for row in jsonl(plain[6] / "metrics.jsonl")}
-    best = max((2, 4), key=lambda step: held[step])
+    best = max((1, 2, 4), key=lambda step: held[step])  # the first batch is the start's
+    best = 0 if best == 1 else best
     found = results(rolled_back)
     assert (found["ended_at"], found["policy_of_step"]) == (4, best)
     assert_equal(params(rolled_back), params(plain[best]))
@@ -357,16 +393,39 @@ def test_killed_at_a_step_and_begun_again(rolled_back, one_device_runs, tmp_path
     assert_equal(params(mine), params(rolled_back))
 
 
+def test_a_checkpoint_comes_after_the_policy_that_it_would_go_back_to(tmp_path, monkeypatch):
+    """A run killed between the two could not go back."""
+    commit, committed = Checkpointer._commit, []
+
+    def slow(self, *args):
+        time.sleep(0.3 * (self.folder.name == "best"))
+        commit(self, *args)
+        committed.append((self.folder.name, args[1]["step"]))
+
+    monkeypatch.setattr(Checkpointer, "_commit", slow)
+    ctx = StageContext("x", STAGE, tmp_path, {}, {}, 0, MeshConfig(), QUIET, tmp_path)
+    state = TrainState(jnp.int32(0), {"policy": {"w": jnp.zeros(())}}, (), None, jax.random.key(0))
+    rows = steps(3, **{"reward/gold/mean": [0.0, 1.0, 2.0]})
+    monitor = Monitor(Alarms(on_alarm="rollback", window=1, snapshot_every=2), "gold")
+    step = lambda state, n, finish: (state, rows[n], {})  # noqa: E731
+    loop = LoopConfig(steps=3, checkpoint_every=2, eval_every=0)
+    run_loop(ctx, loop, 3, state, lambda: state, step, monitor=monitor)
+    assert committed == [("best", 0), ("best", 2), ("checkpoints", 2)]
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
         ({"watch": ("larder_gold",)}, "watch"),
         ({"watch": ("reward_model", "reward_model")}, "each once"),
         ({"watch": ("larder_gole",)}, "watch 'larder_gole' is neither a stage nor a known reward"),
+        ({"watch": ("score",)}, "'score' cannot be watched by this name"),
+        ({"watch": (), "gold": "score"}, "'score' cannot be watched by this name"),
         ({"watch": (), "alarms": Alarms(on_alarm="rollback")}, "name one in watch"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(changed, says, tmp_path):
-    wrong = only("pretrain", "sft", "preferences", "reward_model", ppo=replace(STAGE, **changed))
+    score = tiny.experiment.stages["reward_model"]
+    wrong = only("pretrain", "sft", "preferences", "reward_model", score=score, ppo=replace(STAGE, **changed))
     with pytest.raises(UserError, match=says):
         run(wrong, tmp_path, console=QUIET)

@@ -12,7 +12,7 @@ from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
 from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import MeshConfig, UserError
 from jrlhf.data.batching import encode_prompt
-from jrlhf.experiment import run
+from jrlhf.experiment import fingerprint, run
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, score
@@ -164,6 +164,13 @@ def test_what_learns_from_a_mix_logs_every_part(left):
     found = json.loads((left["best"] / "done.json").read_text())["results"]
     assert found["proxy"]["2"] >= found["proxy"]["1"]
     assert json.loads((left["compared"] / "evaluation.json").read_text())["reward_name"] == "gated"
+
+
+def test_the_order_of_gates_is_part_of_the_fingerprint():
+    parts = {"ends": Part("ended", gate=0.5), "gold": Part("larder_gold", gate=0.0)}
+    turned = dict(reversed(parts.items()))
+    prints = {fingerprint(RewardMix(parts=p, how="gates"), 0, {}) for p in (parts, turned, dict(parts))}
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize(

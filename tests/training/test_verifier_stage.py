@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from jrlhf.config import Stage, UserError, from_dict, load_stage, to_dict
 from jrlhf.data.gsm8k import GSM8K
 from jrlhf.data.sources import FileSource
 from jrlhf.experiment import run
+from jrlhf.rewards.pool import CheckPool
 from jrlhf.rewards.programs import Program
 from jrlhf.rewards.verifiers import Number, Regex, Within
 from jrlhf.training.data import load_rows
@@ -82,6 +85,25 @@ def test_best_of_n_chooses_by_it(left):
     table = json.loads((left["best"] / "best_of_n.json").read_text())
     assert np.mean(table["per_prompt"]["proxy"]["2"]) >= np.mean(table["per_prompt"]["proxy"]["1"])
     assert np.mean(table["per_prompt"]["gold"]["2"]) == -1
+
+
+def test_a_check_that_forks_is_tried_apart_from_the_accelerator(tmp_path):
+    """This process has a JAX backend, whose threads a fork would break: it warns, which is an error here."""
+    jax.devices()
+    check = Program(allow_execution=True)
+    try:
+        CheckPool(check, workers=1).start()
+    except UserError as error:
+        pytest.skip(str(error))
+    ctx = SimpleNamespace(folder=tmp_path)
+    assert Verifier(check).run(ctx) == {}
+    assert json.loads((tmp_path / "verifier.json").read_text())["check"]["type"] == "Program"
+
+
+def test_a_check_that_cannot_work_here_is_known_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"Program\.allow_execution is false"):
+        Verifier(Program()).run(SimpleNamespace(folder=tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_its_folder_says_all_there_is_to_know(left):

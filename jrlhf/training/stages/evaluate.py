@@ -12,6 +12,7 @@ from jrlhf.config import (
     BEST_OF_N,
     EVALUATION,
     LANGUAGE_MODEL,
+    ORDERED,
     REWARD_MODEL,
     Source,
     StageContext,
@@ -52,7 +53,7 @@ class Evaluate(MeshStage):
 
     policies: tuple[str, ...] = stage_ref(artifact=LANGUAGE_MODEL)
     gold: str = stage_ref_or_name(artifact=REWARD_MODEL)  # the reward that is reported
-    prompts: dict[str, Source] = field(kw_only=True)  # by split; the first is the main one
+    prompts: dict[str, Source] = field(kw_only=True, metadata=ORDERED)  # by split; the first is the main one
     proxy: str = stage_ref_or_name("", REWARD_MODEL)  # the learned reward, for comparison
     best_of_n: str = stage_ref("", BEST_OF_N)
     # gold rewards of groups of people, beside `gold`: each is shown, and the worst

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import preference_arrays
 from jrlhf.training.evaluation import prompt_slots
 from jrlhf.training.rewards import LENGTH, make_reward, on_host_scores, read_texts
-from jrlhf.training.stages.common import MeshStage, check_length, write_text
+from jrlhf.training.stages.common import MeshStage, TooLongPrompt, check_length, write_text
 from jrlhf.training.stages.preferences import check_one_of, preference_rows
 from jrlhf.types import PreferenceBatch, Rollout
 
@@ -39,7 +39,7 @@ class LengthCorrected(MeshStage):
     preferences: str = stage_ref("", PREFERENCES)
     data: Source | None = None
     max_length: int = 0  # tokens of prompt and answer; 0: the model's context
-    too_long: Literal["error", "truncate"] = "error"
+    too_long: TooLongPrompt = "error"
 
     def validate(self, stages):
         check_one_of(self)
@@ -51,9 +51,15 @@ class LengthCorrected(MeshStage):
             check_length(self.max_length, policy.model, "max_length")
             rows = preference_rows(self, ctx)
             limit = self.max_length or policy.model.config.context
-            arrays = preference_arrays(rows, policy.tokenizer, limit, self.too_long, ctx.console)
+            kept: list[dict] = []  # rows that are not too long
+
+            def told(those: list[dict]) -> dict:
+                kept.extend(those)
+                return {}
+
+            arrays = preference_arrays(rows, policy.tokenizer, limit, self.too_long, ctx.console, told=told)
             samples, row_of = as_samples(arrays, policy.tokenizer.pad_id, policy.tokenizer.eos_ids)
-            texts = read_texts(samples, [rows[i] for i in row_of], policy.tokenizer)
+            texts = read_texts(samples, [kept[i] for i in row_of], policy.tokenizer)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
             scores = np.asarray(on_host_scores(reward, samples, texts, mesh).total, np.float64)
         fit = fit_length(scores, np.sum(samples.response_mask, axis=1), row_of)

@@ -35,6 +35,7 @@ from jrlhf.training.stages.common import (
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import with_references
+from jrlhf.training.stages.reward_mix import TAKEN
 from jrlhf.training.stages.sizes import at_most, local_rows, trained_bytes, training_plan, usable
 from jrlhf.types import Algorithm
 
@@ -82,6 +83,12 @@ class RolloutStage(FineTuningStage):
             check_reward(name, stages, "watch")
         if {self.reward, self.gold} & {*self.watch} or len({*self.watch}) < len(self.watch):
             raise UserError(f"watch {self.watch}: name rewards other than reward and gold, each once")
+        for name in self.watched:
+            if name in TAKEN:
+                raise UserError(
+                    f"{name!r} cannot be watched by this name, for reward/{name}/mean is something else; give its "
+                    "stage another"
+                )
         if self.alarms.on_alarm == "rollback" and not self.held_out:
             raise UserError(
                 "alarms.on_alarm 'rollback' goes back to the policy with the best held-out reward: name one in watch"

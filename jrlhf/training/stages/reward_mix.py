@@ -10,6 +10,7 @@ import numpy as np
 
 from jrlhf.config import (
     LANGUAGE_MODEL,
+    ORDERED,
     REWARD_MODEL,
     Source,
     StageContext,
@@ -59,7 +60,7 @@ class RewardMix(MeshStage):
 
     artifact: ClassVar[str] = REWARD_MODEL
 
-    parts: dict[str, Part] = field(kw_only=True)
+    parts: dict[str, Part] = field(kw_only=True, metadata=ORDERED)  # "gates" goes through them in order
     how: Mixing = "sum"
     start: str = stage_ref("", LANGUAGE_MODEL)  # whose answers the parts are normalised on
     prompts: Source | None = None
