@@ -182,6 +182,9 @@ class Stage:
 
     abstract: ClassVar[bool] = True
     artifact: ClassVar[str] = ""  # what it leaves for others to start from: LANGUAGE_MODEL, ...; "": nothing
+    # Its run only notes its fields. It is run again where it is reused, so that what is noted of fields that are in no
+    # fingerprint is what this experiment says.
+    only_notes: ClassVar[bool] = False
 
     def references(self) -> tuple[Reference, ...]:
         """Every `stage_ref` field that names something, in field order."""

@@ -518,6 +518,8 @@ def _run_task(
         if _leads():
             stack.enter_context(_locked(task.folder, label, console))
         if _agreed(task.status == "finished"):
+            if _leads() and task.stage.only_notes:
+                task.stage.run(_context(task, experiment, runs_dir, console))
             done = read_json(done_file)
             saved = _duration(done["seconds"])
             _say(console, f"{label}: reused {task.folder} (saves {saved})")

@@ -83,10 +83,10 @@ class Endpoint:
             )
         if not self.model:
             raise UserError("endpoint.model must not be empty")
-        if self.api_key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.api_key_env):
+        if self.api_key_env and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
             raise UserError(
-                "endpoint.api_key_env must be the name of an environment variable (such as JUDGE_API_KEY), not the "
-                "key itself"
+                "endpoint.api_key_env must be the name of an environment variable, in capitals (such as "
+                "JUDGE_API_KEY), not the key itself"
             )
         checks = {
             "temperature": (self.temperature >= 0, "zero or more"),
@@ -165,7 +165,9 @@ def read_reply(data: str) -> tuple[Reply, Usage]:
         raise Malformed("no message")
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     count = lambda name: n if type(n := usage.get(name)) is int and 0 <= n < 2**31 else 0  # noqa: E731
-    reply = Reply(message.get("content") or "", _tokens(choices[0].get("logprobs")))
+    # Half a surrogate pair is no text, and could not be kept.
+    text = (message.get("content") or "").encode("utf-8", "replace").decode()
+    reply = Reply(text, _tokens(choices[0].get("logprobs")))
     return reply, Usage(count("prompt_tokens"), count("completion_tokens"))
 
 
@@ -460,7 +462,9 @@ def retry_after(header: str) -> float | None:
 def _blot(text: str, secret: str) -> str:
     if len(secret) < SECRET:
         return text
-    return text.replace(secret, "[key]").replace(urllib.parse.quote(secret, safe=""), "[key]")
+    # Each character may have been escaped, as JSON or a URL does.
+    each = (rf"(?:\\?{re.escape(c)}|\\u{ord(c):04x}|%{ord(c):02x})" for c in secret)
+    return re.sub("".join(each), "[key]", text, flags=re.IGNORECASE)
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:

@@ -153,7 +153,7 @@ def parse_verdict(reply: str, options: Sequence[str]) -> Named | None:
     the values of a JSON object, or the last that stands by itself. None: it names none, or JSON that is undecided.
 
     Words are matched in any case, single letters in their own (`a` is an article). A number is not taken out of a
-    larger one (`8` in `8.5`), nor the scale's end for the mark (`10` in `8/10`).
+    larger one (`8` in `8.5`), nor the scale's end for the mark (`10` in `8/10`, `8 / 10`, `8 of 10`).
     """
     if bracketed := _last(reply, options, before=r"\[\[\s*", after=r"\s*\]\]"):
         return bracketed
@@ -171,7 +171,8 @@ def parse_verdict(reply: str, options: Sequence[str]) -> Named | None:
         return _last(
             reply, [options[option]], before=r':\s{0,9}"?\s{0,9}', after=r'\s{0,9}"?\s{0,9}[,}]', index=option
         )
-    return _last(reply, options, before=r"(?<![\w./-])(?<!out of )", after=r"(?!\w)(?![.,]\d)(?!%)(?!/\D)")
+    scale = r"(?!(?:(?<=out of )|(?<=\d of )|(?<=/ ))\d)"  # "a mark of 4" is no scale's end
+    return _last(reply, options, before=rf"(?<![\w./-]){scale}", after=r"(?!\w)(?![.,]\d)(?!%)(?!/\D)")
 
 
 def _same(said: str, option: str) -> bool:

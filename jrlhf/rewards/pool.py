@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import selectors
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 CHUNK = 64  # answers that a worker is given at a time: few enough to spread, many enough to be quick
 CHUNK_BYTES = 1 << 20
 START_SECONDS = 300.0  # for a worker to import what it needs; a busy machine is slow
+FAULTS = 10  # kinds of faults that are logged
+_LOG = logging.getLogger(__name__)
 _WORKER = "from jrlhf.rewards.pool import work; work()"
 
 
@@ -76,6 +79,17 @@ class CheckPool:
     def close(self) -> None:
         """End the workers; the next answers would start new ones."""
         _kill_all(self._workers)
+
+    def start(self) -> None:
+        """Begin one worker now, so that a check that cannot work here (UserError) is known before any answer is."""
+        with self._lock:
+            try:
+                self._start(1)
+                while not self._workers[0].ready:
+                    self._listen(_Job([]))
+            except BaseException:
+                self.close()
+                raise
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Checked:
         """Score N answers. UserError when a row has not what the check needs, or the check raises a UserError."""
@@ -262,12 +276,18 @@ class Verified:
 
     def __init__(self, pool: CheckPool, right: float, wrong: float, failed: float, timed_out: float) -> None:
         self.pool, self.right, self.wrong, self.failed, self.timed_out = pool, right, wrong, failed, timed_out
+        self._told: set[str] = set()
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> "Scores":
         """[N] float32, and which answers failed and which timed out."""
         from jrlhf.types import Scores  # imports jax
 
-        values, failed, timed_out = _agreed(self.pool(prompts, completions, rows))
+        checked = self.pool(prompts, completions, rows)
+        for fault in checked.faults:  # a rate does not say why
+            if fault not in self._told and len(self._told) < FAULTS:
+                self._told.add(fault)
+                _LOG.warning("%s failed on an answer: %s", type(self.pool.check).__name__, fault)
+        values, failed, timed_out = _agreed(checked)
         values = np.float32(self.wrong) + np.float32(self.right - self.wrong) * values
         values = np.where(failed, np.float32(self.failed), values)
         values = np.where(timed_out, np.float32(self.timed_out), values)
@@ -339,8 +359,9 @@ def _prepared(order: dict) -> Check:
 
         with open("/proc/self/statm") as sizes:
             now = int(sizes.read().split()[0]) * resource.getpagesize()
-        limit = now + order["memory"] * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit, (_, most) = now + order["memory"] * 2**20, resource.getrlimit(resource.RLIMIT_AS)
+        # The hard limit stays: a process that a check starts may have more than the worker.
+        resource.setrlimit(resource.RLIMIT_AS, (limit if most < 0 else min(limit, most), most))
     return check
 
 

@@ -307,18 +307,17 @@ def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
 
     root, uid, gid = os.getuid() == 0, os.getuid(), os.getgid()
     another = _FIRST_USER + os.getpid() % _USERS
-    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     spaces = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
     call("unshare", spaces if root else spaces | _NEWUSER)
     if not root:
         _map_user(uid, gid)
+    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of privileges would undo it
     if (child := os.fork()) != 0:  # the new namespace of processes begins with a child
         signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
         os.closerange(0, 1024)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         os._exit(code if code >= 0 else 128 - code)
-    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     mount("none", "/", "", _REC | _PRIVATE)
     mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, f"size={limits.memory}m,nr_inodes=4096,mode=755")
@@ -345,6 +344,7 @@ def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
         os.setgroups([])
         os.setresgid(another, another, another)
         os.setresuid(another, another, another)
+    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     memory, files = limits.memory << 20, limits.memory << 20
     cpu = int(limits.seconds) + 1

@@ -72,9 +72,10 @@ def boxed(text: str) -> tuple[str, int] | None:
 
     The braces inside are counted; one that is never closed is none.
     """
-    start = max(text.rfind("\\boxed{") + len("\\boxed{"), text.rfind("\\fbox{") + len("\\fbox{"))
-    if start < len("\\fbox{") or text[start - 1 : start] != "{":
+    place, length = max((text.rfind(mark), len(mark)) for mark in ("\\boxed{", "\\fbox{"))
+    if place < 0:
         return None
+    start = place + length
     depth = 1
     for brace in re.compile(r"\\[{}]|[{}]").finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -97,13 +98,16 @@ def hashed(text: str) -> tuple[str, int] | None:
     """The line of the first `####` before a number (GSM8K's mark), and where it begins; None without one.
 
     The first, as everybody reads GSM8K: a base model goes on with a question and an answer of its own. Other lines of
-    `####` are headings.
+    `####` are headings, also those with a number (`#### 1. The first step`).
     """
     match = _HASHED.search(text)
     return (match[1], match.start(1)) if match else None
 
 
-_HASHED = re.compile(r"####[ \t]{0,3}([*$\u20ac\u00a3\u00a5(+\-\u2212. ]{0,4}(?:[0-9]|\\[dt]?frac)[^\n]*)")
+_HASHED = re.compile(
+    r"####(?![ \t*]{0,5}[0-9]{1,2}[.):]\*{0,2}[ \t]+\*{0,2}[^\W\d_])"  # a numbered heading
+    r"[ \t]{0,3}([*$\u20ac\u00a3\u00a5(+\-\u2212. ]{0,4}(?:[0-9]|\\[dt]?frac)[^\n]*)"
+)
 
 
 def marked(text: str) -> str | None:
@@ -123,24 +127,26 @@ _SIGN = r"[-+\u2212]"  # \u2212 is the typographic minus
 _LATEX_INT = r"\{\s{0,3}([-+]?[0-9.]{1,420})\s{0,3}\}"
 _NUMBER = re.compile(
     rf"""
-    (?<![\w.^/])(?<!\w\*\*)(?P<sign>(?<![\w)\]}}.%]){_SIGN})?                # a minus after a number subtracts
+    (?<![\w.^/])(?<!\w\*\*)(?<![\^_][-+{{])(?<![\^_]\{{[-+])        # an exponent, an index: no answer
+    (?P<sign>(?<![\w)\]}}.%]){_SIGN})?                              # a minus after a number subtracts
     (?:\\?[$\u20ac\u00a3\u00a5]\s?(?P<inner>{_SIGN})?)?             # a currency
     (?:
         (?P<whole>[0-9]+\s?)?\\[dt]?frac(?:{_LATEX_INT}{_LATEX_INT}|(?P<top>[0-9])(?P<below>[0-9]))
       | (?:(?P<units>[0-9]+)[ ])?(?P<over>{_PLAIN})\s?/\s?(?P<under>{_PLAIN})
       | (?P<plain>{_PLAIN})
         (?:[eE](?P<e>[-+]?[0-9]+)(?!\w)
-         | \s?(?:\\times|\\cdot|[\u00d7*x])\s?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<ten>{_SIGN}?[0-9]+)\s?\}}?)?
+         | \s?(?:\\times|\\cdot|[\u00d7\u00b7\u22c5*x])\s?10\s?(?:\^|\*\*)\s?\{{?\s?(?P<ten>{_SIGN}?[0-9]+)\s?\}}?)?
     )
     (?P<percent>\s?\\?%)?
     (?!\s?\^(?!\{{?\\circ)|\*\*[\w(\-]|\s?/\s?[0-9])  # the base of a power, a date: no answer
     """,
     re.VERBOSE,
 )
+_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?=[0-9]{3}(?![0-9]))")  # 1{,}250, 1,\!250, 1\,250
 # What may stand around the only number of a marked answer: `x =` before it, a unit behind it.
 _LEFT = re.compile(r"[\s~*$(]*(?:[A-Za-z]\w*\s*(?:=|\\approx|:)\s*)?[\s$]*")
 _RIGHT = re.compile(
-    r"(?:[\s~$*.,;:!)]|\\[,;:! ]|\\\$|\\(?:text|mathrm|textbf|mbox)\{[^{}\d]*\}"
+    r"(?:[\s~$*.,;:!)]|\\[,;:! ]|\\\$|\\(?:text|mathrm|textbf|mbox)\{[^{}\d]*(?:\^[23])?\}"
     r"|(?:\^\{?-?[0-3]\}?(?![0-9]))|\^\{?\\circ\}?|\u00b0|[A-Za-z/\u20ac\u00a3\u00a5'])*"
 )
 
@@ -150,7 +156,7 @@ def last_number(text: str, hundredths: bool = False) -> Fraction | None:
 
     hundredths: 50% is 1/2; otherwise it is 50.
     """
-    found = None
+    text, found = _LATEX_COMMA.sub(",", text), None
     for match in _NUMBER.finditer(text):
         if text[match.end() : match.end() + 1].isnumeric():
             continue  # a digit of another script, an exponent
@@ -160,6 +166,7 @@ def last_number(text: str, hundredths: bool = False) -> Fraction | None:
 
 def only_number(text: str, hundredths: bool = False) -> Fraction | None:
     """The number that a text consists of, but for `x =` before it and a unit behind it; None for anything else."""
+    text = _LATEX_COMMA.sub(",", text)
     left = _LEFT.match(text)
     assert left is not None  # it may be empty
     for start in dict.fromkeys((left.end(), 0)):
@@ -251,7 +258,8 @@ class Mathematics(Check):
     A reference without `$...$` or `\boxed{}` is taken as LaTeX.
     """
 
-    read: Literal["marked_or_last", "marked"] = "marked_or_last"  # only \boxed{}; or what math-verify finds
+    # The last \boxed{} and, only where there is none, what math-verify finds; the box alone
+    read: Literal["marked_or_last", "marked"] = "marked_or_last"
     digits: int = 6  # decimals to which numbers are compared
 
     def validate(self) -> None:
@@ -275,16 +283,16 @@ class Mathematics(Check):
         held = hashed(reference)
         if held is not None:
             reference = held[0]
-        if "$" not in reference and "\\boxed" not in reference and "\\[" not in reference:
+        if not re.search(r"(?<!\\)\$|\\boxed|\\\[", reference):  # \$5 is a price
             reference = f"\\boxed{{{reference}}}"
         wanted = parse(reference, extraction_config=both, **once)
         if not wanted:
             raise UserError(f"the row's 'answer' {_short(row['answer'])} is no mathematics to compare with")
-        if self.read == "marked":
-            inside = boxed(completion)
-            if inside is None:
-                return WRONG
+        inside = boxed(completion)
+        if inside is not None:  # math-verify would make a set of several boxes
             completion = f"\\boxed{{{inside[0]}}}"
+        elif self.read == "marked":
+            return WRONG
         found = parse(completion, extraction_config=both, **once)
         return float(verify(wanted, found, float_rounding=self.digits, timeout_seconds=None))
 
@@ -475,7 +483,7 @@ def chosen_letter(text: str, letters: str) -> str | None:
         return _leading_letter(content, letters)
     says = re.compile(
         rf"(?i:\b(?:answer|choice|option)\b)[\s:=*_]{{0,8}}(?i:(?:is|are|would be|should be)\b)?[\s:=*_]{{0,8}}"
-        rf"(?i:(?:the\s)?(?:option|choice|letter)\b)?[\s:=*_(\[$]{{0,8}}{spoken}"
+        rf"(?i:(?:the\s)?(?:option|choice|letter)\b)?[\s:=*_(\[$\"'`\u201c\u2018]{{0,8}}{spoken}"
     )
     for pattern in (says, re.compile(rf"[(\[]\s?{letter}\s?[)\]]"), re.compile(rf"\*\*{letter}\*\*")):
         if found := pattern.findall(text):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from jrlhf.algorithms.reward_model import sequence_head_scores, sequence_scores
 from jrlhf.config import UserError, did_you_mean, read_json
@@ -94,9 +95,13 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
     def score(rollout: Rollout, texts: Texts | None) -> Scores:
         if texts is None:
             raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
-        said = function(texts.prompts, texts.completions, texts.rows)
-        if inspect.isawaitable(said):
-            said = asyncio.run(_result(said))
+        try:
+            said = function(texts.prompts, texts.completions, texts.rows)
+            if inspect.isawaitable(said):
+                said = asyncio.run(_result(said))
+        except Exception as error:
+            error.add_note(f"It was raised by the reward {name!r}.")
+            raise
         return checked(name, said if isinstance(said, Scores) else Scores(said), len(texts.prompts))
 
     return Reward(name, True, score, on_host)
@@ -137,10 +142,13 @@ def checked(name: str, scores: Scores, n: int) -> Scores:
 
 def _numbers(what: str, given: Any, n: int) -> np.ndarray:
     values = np.asarray(given, np.float32)
-    if values.shape != (n,) or not np.isfinite(values).all():
+    if values.shape != (n,):
+        raise UserError(f"{what} returned shape {values.shape}; expected {n} numbers, one for each answer")
+    if not np.isfinite(values).all():
+        first = int(np.argmin(np.isfinite(values)))
         raise UserError(
-            f"{what} returned shape {values.shape} with {np.sum(~np.isfinite(values))} values that are "
-            f"not finite; expected {n} finite numbers"
+            f"{what} returned {np.sum(~np.isfinite(values))} of {n} values that are not finite, the first "
+            f"({values[first]}) for answer {first + 1}"
         )
     return values
 
@@ -166,6 +174,22 @@ def unscored(name: str, scores: Scores) -> dict[str, tuple]:
     own = (scores.failed, scores.timed_out)
     fails = any(flag is not None for flag in own)
     return ({name: own} if fails else {}) | dict(scores.unscored)
+
+
+def fault_rates(name: str, scores: Scores, console: Console) -> dict[str, float]:
+    """Shares of answers that a reward, and each of its parts, could not score; told where there are any."""
+    rates = {}
+    for part, flags in unscored(name, scores).items():
+        for what, flag in zip(("fail_rate", "timeout_rate"), flags, strict=True):
+            if flag is not None:
+                rates[f"{part}/{what}"] = float(np.mean(flag))
+    for rate, share in rates.items():
+        if share:
+            console.print(
+                f"  {rate}: {share:.1%} of {len(scores.values)} answers have no score of their own",
+                style="yellow",
+            )
+    return rates
 
 
 def either(flags: list[Any]) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """An endpoint is asked through a real server, which answers, fails, stalls and lies."""
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -325,6 +326,12 @@ LIES = {
 }
 
 
+def test_half_a_surrogate_pair_is_kept_as_a_question_mark(serve, judge):
+    asking = judge(serve(lambda q, n: completion("A \ud800")))
+    assert asking.write(["q"], 0) == ["A ?"]
+    assert asking.write(["q"], 0) == ["A ?"]
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_a_reply_that_is_none_is_a_failure(serve, judge, lie):
     def send(handler):
@@ -431,6 +438,9 @@ def test_the_key_is_sent_and_appears_nowhere_else(serve, judge, tmp_path, monkey
         echo = f"you sent Bearer {KEY}, in a URL sk-0123456789-very%2Fsecret%2Bkey"
         if q == "denied":
             return 401, {}, echo.encode()
+        if q == "escaped":
+            body = json.dumps(completion(f"A {KEY}"))
+            return 200, {}, body.replace("/", "\\/").replace("+", "\\u002B").encode()
         if q == "fails":
             return reset if n == 1 else (500, {"X-Echo": echo}, echo.encode())
         return completion(f"A {echo}", logprobs((f"A {echo}", {echo: -1.0})))
@@ -439,7 +449,7 @@ def test_the_key_is_sent_and_appears_nowhere_else(serve, judge, tmp_path, monkey
     asking = judge(server, api_key_env="TEST_JUDGE_KEY", top_logprobs=1, give_up_after=2)
     asking.verdicts(["good"], AB)
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
-    shown = [repr(asking), repr(asking.endpoint), repr(vars(asking)), *asking.write(["good"], 1)]
+    shown = [repr(asking), repr(asking.endpoint), repr(vars(asking)), *asking.write(["good", "escaped"], 1)]
     for questions in (["denied"], ["fails", "fails too"]):
         try:
             asking.write(questions, 0)
@@ -476,6 +486,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, key):
         ({"url": "ftp://me:hush@x.org?hush"}, "endpoint.url must begin with"),
         ({"model": ""}, "endpoint.model"),
         ({"api_key_env": "sk-hush"}, "must be the name of an environment variable"),
+        ({"api_key_env": "gsk_0123456789hush"}, "must be the name of an environment variable"),
         ({"votes": 3}, "endpoint.votes is 3, and endpoint.temperature 0"),
         ({"timeout": float("inf")}, "endpoint.timeout"),
         ({"timeout": 0.0}, "endpoint.timeout"),

@@ -288,7 +288,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_what_scores_are_worth():
+def test_what_scores_are_worth(caplog):
     worth = Verified(CheckPool(Hostile(), seconds=0.5), right=2.0, wrong=-1.0, failed=-3.0, timed_out=-4.0)
     answers = ["fine 1", "fine 0", "fine 0.5", "raise", "sleep"]
     scores = worth(["p"] * 5, answers, [{}] * 5)
@@ -296,3 +296,5 @@ def test_what_scores_are_worth():
     assert scores.values.dtype == np.float32
     np.testing.assert_array_equal(scores.failed, [False, False, False, True, False])
     np.testing.assert_array_equal(scores.timed_out, [False, False, False, False, True])
+    worth(["p"], ["raise"], [{}])
+    assert [r.getMessage() for r in caplog.records] == ["Hostile failed on an answer: RuntimeError: no idea"]

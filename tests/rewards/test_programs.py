@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from jrlhf.rewards.programs import Limits, Program, run_isolated
 ASKED = ["unshare", "--mount", "--net", "--pid", "--fork", *(["--user"] if os.getuid() else []), "true"]
 if not shutil.which("unshare") or subprocess.run(ASKED, capture_output=True, check=False).returncode:
     pytest.skip("this machine allows no namespaces", allow_module_level=True)
+
+# The product forks in workers alone, which have no JAX. Here another test may have begun a backend, which warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 
 LIMITS = Limits(seconds=10.0, memory=256, processes=8, output=16)
 RUN = Program(allow_execution=True, limits=LIMITS)
@@ -228,8 +232,7 @@ def test_limits_hold():
 def test_processes_are_few_and_end_with_the_first():
     assert 0 < int(said(FORKS)) < LIMITS.processes
     assert said(ORPHAN) == "done\n"
-    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(p)]
-    assert not [command for command in commands if b"jrlhf-test-orphan" in command]
+    assert not running("jrlhf-test-orphan")
 
 
 def _is_readable(path: Path) -> bool:
@@ -309,6 +312,40 @@ def test_in_the_pool():
     found = slow(["p"] * 2, ["import time; time.sleep(60)", ADD], [{"tests": TESTS}] * 2)
     assert found.timed_out.tolist() == [True, False]
     assert found.values[1] == 1
+
+
+def test_its_memory_may_be_more_than_that_of_the_worker():
+    roomy = Program(allow_execution=True, limits=Limits(seconds=30.0, memory=4096))
+    found = CheckPool(roomy, workers=1, seconds=60.0, memory=2048)(["p"], [ADD], [{"tests": TESTS}])
+    assert found.values.tolist() == [1], found.faults
+
+
+def test_a_program_ends_with_its_worker():
+    """Also one that has left the worker's group."""
+    mark = f"jrlhf-test-{os.getpid()}-group"
+    stay = f"import os, time; os.setsid(); time.sleep(600)  # {mark}"
+    code = f"from jrlhf.rewards.programs import *; run_isolated({stay!r}, 0, '', Limits(seconds=600.0))"
+    worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        wait_until(lambda: len(running(mark, "-I")) == 1)
+        time.sleep(0.5)  # until it has left
+    finally:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+    wait_until(lambda: not running(mark, "-I"))
+
+
+def running(*words: str) -> list[bytes]:
+    """Commands with all these words."""
+    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(p)]
+    return [c for c in commands if all(word.encode() in c for word in words)]
+
+
+def wait_until(happened) -> None:
+    until = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_as_an_ordinary_user():

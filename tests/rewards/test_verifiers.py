@@ -80,12 +80,21 @@ def right(check: Check, completion: str, prompt: str = "", **row) -> bool:
         ("**18**", 18),
         ("x=5", 5),
         ("007", 7),
+        (r"$1{,}250$", 1250),  # thousands in LaTeX
+        (r"1,\!250", 1250),
+        (r"12\,500", 12_500),
+        (r"3 \cdot 10^{4}", 30_000),
+        ("3 \u00b7 10^4", 30_000),
         # what is no number on its own is not read as one
         ("2^10", None),
         ("23^2", None),
         ("1.5^2", None),
         ("1,000^2", None),
         ("2**10", None),
+        ("2^{10}", None),
+        ("10^{-3}", None),
+        ("10^-3", None),
+        ("x_{5}", None),
         ("H2O", None),
         ("5\u00b2", None),
         ("\uff11\uff12", None),  # full-width digits
@@ -116,6 +125,8 @@ def test_the_last_number_of_a_text(text, value):
         (r"18 \text{ dollars}", 18),
         ("5 km^2", 5),
         (r"5 \mathrm{cm}^{2}", 5),
+        (r"5\ \mathrm{cm^2}", 5),
+        (r"1{,}250 \text{ dollars}", 1250),
         (r"90^\circ", 90),
         (r"50\%", 50),
         ("**18**", 18),
@@ -147,7 +158,14 @@ def test_a_marked_answer_is_one_number(text, value):
         ("</answer>4<answer>", None),
         ("#### 72\n\nQuestion: more\nAnswer: ... #### 5", "72"),  # GSM8K's first
         ("#### Step 1\nso\n#### 72", "72"),  # a heading
+        ("#### 1. First\nso\n#### **2.** Then\nso\n#### 72", "72"),
+        ("#### 1. First\nso it is 72", None),
+        ("#### 1.5", "1.5"),
+        ("#### 18 dollars", "18 dollars"),
         ("####-3", "-3"),
+        (r"\frac{1}{2}", None),
+        (r"\text{18} and 19", None),
+        ("x = 1{", None),
         (r"<answer>1</answer> \boxed{2}", "2"),
         ("18", None),
     ],
@@ -163,6 +181,8 @@ def test_a_number_is_read_where_the_config_says():
     assert right(Number(read="last"), both, answer="5")
     assert right(Number(), "it is 5", answer="5")
     assert not right(Number(read="marked"), "it is 5", answer="5")
+    assert right(Number(), r"\boxed{0.75}", answer=r"\frac{3}{4}")
+    assert not right(Number(), r"\boxed{3}", answer=r"\frac{3}{4}")
     assert not right(Number(), r"\boxed{I do not know} 5", answer="5")  # a mark is taken at its word
     assert not right(Number(), r"\boxed{2\pi}", answer="2")
     assert not right(Number(), r"\boxed{4 or 5}", answer="5")
@@ -213,6 +233,9 @@ def test_gsm8k_agrees_with_itself(shared_data):
         (r"(0, 1]", r"\boxed{[0, 1]}", False),
         (r"x^2 + 2x + 1", r"\boxed{(x+1)^2}", True),
         ("worked out\n#### 1,000", "1000", True),
+        (r"\$32,\!500", r"\boxed{32500}", True),
+        ("5", r"First \boxed{4}. No, wait: \boxed{5}.", True),
+        ("4", r"First \boxed{4}. No, wait: \boxed{5}.", False),
         ("4", "I do not know", False),
     ],
 )
@@ -354,6 +377,8 @@ def test_the_last_fenced_block():
         ("The answer is A because it is cheap.", "A"),
         ("Let me see.\nB. Paris\n", "B"),
         ("It must be **C**.", "C"),
+        ('The answer is "C".', "C"),
+        ("The answer is `C`", "C"),
         # no choice at all
         ("A cat sat on the mat and was happy.", None),
         ("The answer is A cat.", None),

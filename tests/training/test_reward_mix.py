@@ -7,17 +7,27 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
 
 from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import MeshConfig, UserError
 from jrlhf.data.batching import encode_prompt
-from jrlhf.experiment import fingerprint, run
+from jrlhf.experiment import Experiment, fingerprint, run
+from jrlhf.rewards.verifiers import Number
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, score
-from jrlhf.training.rewards import REWARDS, checked, group_numbers, make_reward, on_host_scores, read_texts
-from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, Part, RewardMix
+from jrlhf.training.rewards import (
+    REWARDS,
+    checked,
+    fault_rates,
+    group_numbers,
+    make_reward,
+    on_host_scores,
+    read_texts,
+)
+from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, Part, RewardMix, Verifier
 from jrlhf.types import Scores
 
 LENGTHS = Part("words", weight=0.5)
@@ -162,6 +172,10 @@ def test_what_learns_from_a_mix_logs_every_part(left):
     assert first["reward/gated.ends/mean"] == pytest.approx(first["rollout/eos_rate"])
     assert np.isfinite(first["reward/gated.gold/mean"])
     found = json.loads((left["best"] / "done.json").read_text())["results"]
+    assert found["unscored"].keys() == {
+        f"{n}/{w}" for n in ("sum", "length") for w in ("fail_rate", "timeout_rate")
+    }
+    assert found["unscored"]["sum/fail_rate"] == found["unscored"]["length/fail_rate"]
     assert found["proxy"]["2"] >= found["proxy"]["1"]
     assert json.loads((left["compared"] / "evaluation.json").read_text())["reward_name"] == "gated"
 
@@ -173,11 +187,27 @@ def test_the_order_of_gates_is_part_of_the_fingerprint():
     assert len(prints) == 2
 
 
+def test_answers_without_a_score_of_their_own_are_told(capsys):
+    flags = np.array([True, False, False, False])
+    scores = Scores(np.ones(4), failed=flags, timed_out=np.zeros(4, bool), unscored={"inner": (flags, None)})
+    rates = fault_rates("mix", scores, Console())
+    assert rates == {"mix/fail_rate": 0.25, "mix/timeout_rate": 0.0, "inner/fail_rate": 0.25}
+    assert "mix/fail_rate: 25.0% of 4 answers" in capsys.readouterr().out
+
+
+def test_an_error_says_which_reward_raised_it(monkeypatch, said):
+    ask, _ = said
+    monkeypatch.setitem(REWARDS, "broken", lambda prompts, completions, rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        ask("broken")
+    assert "by the reward 'broken'" in error.value.__notes__[0]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         (np.ones(2), r"shape \(2,\)"),
-        (np.array([1, np.nan, 2]), "1 values that are not finite"),
+        (np.array([1, np.nan, 2]), r"1 of 3 values that are not finite, the first \(nan\) for answer 2"),
         (Scores(np.ones(3), {"p": np.ones((3, 1))}), "part 'p' of reward 'mine'"),
         (Scores(np.ones(3), failed=np.zeros(2, bool)), "'failed' has shape"),
     ],
@@ -185,6 +215,14 @@ def test_the_order_of_gates_is_part_of_the_fingerprint():
 def test_what_a_reward_returns_is_checked(values, message):
     with pytest.raises(UserError, match=message):
         checked("mine", values if isinstance(values, Scores) else Scores(values), 3)
+
+
+def test_a_reused_note_says_what_this_experiment_says(tmp_path):
+    """`workers` is in no fingerprint: the stage is not another, but its note is."""
+    with_workers = lambda n: Experiment("noted", {"check": Verifier(Number(), workers=n)})  # noqa: E731
+    first, second = (folders(run(with_workers(n), tmp_path, console=QUIET))["check"] for n in (1, 3))
+    assert first == second
+    assert json.loads((second / "verifier.json").read_text())["workers"] == 3
 
 
 def test_groups_are_numbered_in_the_order_of_the_parts():

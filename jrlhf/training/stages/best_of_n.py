@@ -26,7 +26,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import make_reward, on_host_scores, read_texts
+from jrlhf.training.rewards import fault_rates, make_reward, on_host_scores, read_texts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -112,6 +112,8 @@ class BestOfN(MeshStage):
         write_text(ctx.folder / "best_of_n.json", json.dumps(table))
         means = lambda by_n: {m: float(np.mean(v)) for m, v in by_n.items()}  # noqa: E731
         results: dict = {name: means(by_n) for name, by_n in curves.items()}
+        if rates := fault_rates(reward.name, scores, ctx.console):
+            results["unscored"] = rates
         if by_part:
             results["gold_by"] = {part: means(by_n) for part, by_n in by_part.items()}
         return results

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from jrlhf.config import (
     BEST_OF_N,
@@ -30,7 +31,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model, model_meta
 from jrlhf.training.evaluation import Sampler, Scorer, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import Reward, Texts, make_reward, on_host_scores, read_texts
+from jrlhf.training.rewards import Reward, Texts, fault_rates, make_reward, on_host_scores, read_texts
 from jrlhf.training.stages.best_of_n import best_of_n_table
 from jrlhf.training.stages.common import (
     MeshStage,
@@ -135,6 +136,7 @@ class Evaluate(MeshStage):
                             proxy,
                             groups,
                             jax.random.fold_in(stage_key(ctx), i),
+                            ctx.console,
                         )
                         measured[name]["splits"][split] = result
                         if self.gold in CRITERIA:
@@ -184,6 +186,7 @@ class Evaluate(MeshStage):
         proxy: Reward | None,
         groups: dict[str, Reward],
         key,
+        console: Console,
     ) -> tuple[dict, Texts, Mapping[str, Array]]:
         n = self.samples
         samples = sampler.sample(policy.params, [row for row in ids for _ in range(n)], key)
@@ -193,7 +196,8 @@ class Evaluate(MeshStage):
         )
         said = on_host_scores(gold, samples, texts, sampler.mesh)
         return (
-            {
+            fault_rates(gold.name, said, console)
+            | {
                 "gold": self._by_prompt(said.total),
                 "proxy": self._by_prompt(score(proxy, samples, texts, sampler.mesh)) if proxy else None,
                 "groups": {

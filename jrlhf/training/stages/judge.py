@@ -36,6 +36,7 @@ class Judge(Stage):
     """
 
     artifact: ClassVar[str] = REWARD_MODEL
+    only_notes: ClassVar[bool] = True
 
     start: str = stage_ref("", LANGUAGE_MODEL)
     by: Respondent | None = None  # instead of start

@@ -89,6 +89,12 @@ class RolloutStage(FineTuningStage):
                     f"{name!r} cannot be watched by this name, for reward/{name}/mean is something else; give its "
                     "stage another"
                 )
+        parts = getattr(stages.get(self.reward), "parts", {})
+        if taken := {*parts} & {*self.watched}:
+            raise UserError(
+                f"reward {self.reward!r} has a part called {min(taken)!r}, as is a reward that is watched: both would "
+                f"be logged as reward/{min(taken)}/mean; give the part another name"
+            )
         if self.alarms.on_alarm == "rollback" and not self.held_out:
             raise UserError(
                 "alarms.on_alarm 'rollback' goes back to the policy with the best held-out reward: name one in watch"

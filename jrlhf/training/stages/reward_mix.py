@@ -25,7 +25,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import MIX, make_reward, on_host_scores, read_texts
+from jrlhf.training.rewards import MIX, fault_rates, make_reward, on_host_scores, read_texts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -139,11 +139,14 @@ class RewardMix(MeshStage):
             found = {}
             for name, part in self.parts.items():
                 reward = make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)
-                values = np.asarray(on_host_scores(reward, samples, texts, mesh).total, np.float64)
+                said = on_host_scores(reward, samples, texts, mesh)
+                fault_rates(reward.name, said, ctx.console)
+                values = np.asarray(said.total, np.float64)
                 if values.std() < 1e-6:
                     raise UserError(
                         f"parts.{name}: {part.reward!r} gives every answer of {self.start!r} the same reward, "
-                        f"{values[0]:g}, so that it cannot be normalised on them"
+                        f"{values[0]:g}, so that it cannot be normalised on them; leave start and prompts out, and "
+                        "let weights make up for scales"
                     )
                 found[name] = {"mean": float(values.mean()), "std": float(values.std())}
         return found

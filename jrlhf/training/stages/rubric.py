@@ -95,6 +95,7 @@ class RubricReward(AskingStage):
     """
 
     artifact: ClassVar[str] = REWARD_MODEL
+    only_notes: ClassVar[bool] = True
 
     rubric: str = ""  # a TOML or JSON file, for the prompts whose row has none
     rubrics: dict[str, str] = field(default_factory=dict)  # more files, by the name that a row may give

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import jrlhf.rewards.programs  # noqa: F401  # so that a config.json may name its check
 from jrlhf.config import REWARD_MODEL, Source, Stage, StageContext, UserError, no_fingerprint, to_dict
+from jrlhf.rewards.pool import CheckPool
 from jrlhf.rewards.verifiers import Check
 from jrlhf.training.rewards import VERIFIER
 from jrlhf.training.stages.common import write_text
@@ -24,6 +25,7 @@ class Verifier(Stage):
     """
 
     artifact: ClassVar[str] = REWARD_MODEL
+    only_notes: ClassVar[bool] = True
 
     check: Check
     seconds: float = 5.0  # for one answer, all its tests included
@@ -65,7 +67,9 @@ class Verifier(Stage):
                         yield f"stages.{name}.{field}", source
 
     def run(self, ctx: StageContext) -> dict:
-        self.check.prepare()
+        pool = CheckPool(self.check, 1, self.seconds, self.memory)
+        pool.start()  # not here: this process holds an accelerator, and what a check tries may fork
+        pool.close()
         fields = asdict(self) | {"check": to_dict(self.check, Check)}
         write_text(ctx.folder / VERIFIER, json.dumps(fields))
         return {}
