@@ -76,7 +76,8 @@ def votes_of(rows: list[dict], where: str = "preferences") -> Votes:
     for n, row in enumerate(rows, 1):
         if told := [name for name in ("probability", "weight") if name in row]:
             raise UserError(
-                f"{where} row {n} has {told[0]!r}: it is an aggregate already, not a vote (AILabels with soft=False makes votes)."
+                f"{where} row {n} has {told[0]!r}: it is an aggregate already, not a vote (AILabels with soft=False "
+                "makes votes)."
             )
         who = names.setdefault(row.get("labeler", ""), len(names))
         prompt = _key([row["prompt"], row.get("tools", [])])

@@ -19,21 +19,19 @@ from jrlhf.config import (
     stage_ref_or_name,
 )
 from jrlhf.data.chat import prompt_text
-from jrlhf.metrics import progress
 from jrlhf.ops.best_of_n import best_of_n, best_of_n_kl
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
-from jrlhf.training.evaluation import Sampler, prompt_slots, score
-from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import fault_rates, make_reward, on_host_scores, read_texts
+from jrlhf.training.evaluation import score
+from jrlhf.training.rewards import fault_rates, make_reward, on_host_scores
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
     check_answers,
     check_reward,
+    sample_answers,
     start_config,
-    usable_prompts,
     write_text,
 )
 from jrlhf.training.stages.sizes import sampling_plan, usable
@@ -74,19 +72,11 @@ class BestOfN(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(
-                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
-            )
+            n = self.samples
+            rows, samples, texts = sample_answers(self, policy, ctx, n)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
             gold = make_reward(self.gold, dict(ctx.parents), mesh, policy.tokenizer) if self.gold else reward
-            sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
-            n = self.samples
-            repeated = [row for row in ids for _ in range(n)]
-            with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
-                samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
-            texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
-            by_prompt = lambda x: np.asarray(x, np.float64).reshape(len(ids), n)  # noqa: E731
+            by_prompt = lambda x: np.asarray(x, np.float64).reshape(len(rows), n)  # noqa: E731
             scores = on_host_scores(reward, samples, texts, mesh)
             values = {
                 "proxy": by_prompt(scores.total),
@@ -107,7 +97,7 @@ class BestOfN(MeshStage):
             "kl": [best_of_n_kl(m) for m in ns],
             "per_prompt": curves,
             "gold_by": by_part,
-            "best_text": [texts.completions[i * n + int(np.argmax(proxy[i]))] for i in range(len(ids))],
+            "best_text": [texts.completions[i * n + int(np.argmax(proxy[i]))] for i in range(len(rows))],
         }
         write_text(ctx.folder / "best_of_n.json", json.dumps(table))
         means = lambda by_n: {m: float(np.mean(v)) for m, v in by_n.items()}  # noqa: E731

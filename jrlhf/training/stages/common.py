@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from rich.console import Console
 
@@ -12,18 +12,22 @@ from jrlhf.config import (
     MeshConfig,
     Source,
     Stage,
+    StageContext,
     UserError,
     did_you_mean,
     stage_ref,
 )
+from jrlhf.metrics import progress
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import check_batch, leads, make_mesh
 from jrlhf.training.artifacts import Loaded
 from jrlhf.training.data import prompt_ids
-from jrlhf.training.loop import LoopConfig
-from jrlhf.training.rewards import REWARDS
+from jrlhf.training.evaluation import Sampler, prompt_slots
+from jrlhf.training.loop import LoopConfig, stage_key
+from jrlhf.training.rewards import REWARDS, Texts, read_texts
+from jrlhf.types import Rollout
 
 TooLong = Literal["error", "drop", "truncate"]
 TooLongPrompt = Literal["error", "drop", "truncate_left"]
@@ -157,6 +161,27 @@ def usable_prompts(
             f"context of {loaded.model.config.context}"
         )
     return prompt_ids(source, loaded.tokenizer, limit, too_long, labelled(ctx.console, label))
+
+
+class Sampled(NamedTuple):
+    """Answers of a policy, `n` to each prompt in consecutive rows, on the host."""
+
+    rows: list[dict]  # of the prompts
+    samples: Rollout
+    texts: Texts
+
+
+def sample_answers(stage: Any, policy: Loaded, ctx: StageContext, n: int) -> Sampled:
+    """`n` answers to each of the stage's `prompts`, by its `sampling`, `max_prompt` and `too_long`."""
+    limit = stage.max_prompt or policy.model.config.context - stage.sampling.max_new_tokens
+    rows, ids = usable_prompts(policy, stage.prompts, limit, stage.sampling, stage.too_long, ctx, "prompts")
+    sampler = Sampler(policy.model, policy.tokenizer, make_mesh(ctx.mesh), stage.sampling, prompt_slots(ids))
+    repeated = [row for row in ids for _ in range(n)]
+    with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
+        samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
+    return Sampled(
+        rows, samples, read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
+    )
 
 
 class _Labelled:

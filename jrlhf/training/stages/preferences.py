@@ -22,23 +22,21 @@ from jrlhf.config import (
     stage_ref_or_name,
 )
 from jrlhf.data.sources import check_row
-from jrlhf.metrics import progress
 from jrlhf.models.config import ModelConfig
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import Loaded, load_model
+from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import load_rows, split_by_prompt
-from jrlhf.training.evaluation import Sampler, prompt_slots, score
-from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import make_reward, read_texts
+from jrlhf.training.evaluation import score
+from jrlhf.training.rewards import make_reward
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
     check_answers,
     check_reward,
     labelled,
+    sample_answers,
     start_config,
-    usable_prompts,
     write_text,
 )
 from jrlhf.training.stages.sizes import (
@@ -92,14 +90,7 @@ class Preferences(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             loaded = load_model(ctx.parents[self.start], mesh)
-            rows, ids = self._prompts(loaded, ctx)
-            repeated = [row for row in ids for _ in range(self.responses)]
-            sampler = Sampler(loaded.model, loaded.tokenizer, mesh, self.sampling, prompt_slots(ids))
-            with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
-                samples = sampler.sample(loaded.params, repeated, stage_key(ctx), bar.update)
-            texts = read_texts(
-                samples, [row for row in rows for _ in range(self.responses)], loaded.tokenizer
-            )
+            rows, samples, texts = sample_answers(self, loaded, ctx, self.responses)
             if self.reward:
                 reward = make_reward(self.reward, dict(ctx.parents), mesh, loaded.tokenizer)
                 scores = score(reward, samples, texts, mesh)
@@ -132,15 +123,11 @@ class Preferences(MeshStage):
         tied = sum(len(set(row["ranks"])) < len(row["ranks"]) for row in labels)
         return {
             "prompts": len(labels),
-            "answers": len(repeated),
+            "answers": len(texts.completions),
             "with_ties": tied,
             "length": float(np.mean(np.sum(samples.response_mask, axis=1))),
             "ended": float(np.mean(samples.ended)),
         }
-
-    def _prompts(self, loaded: Loaded, ctx: StageContext):
-        limit = self.max_prompt or loaded.model.config.context - self.sampling.max_new_tokens
-        return usable_prompts(loaded, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts")
 
 
 def ranks_of(values: np.ndarray) -> list[int]:

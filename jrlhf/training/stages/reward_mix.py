@@ -18,21 +18,18 @@ from jrlhf.config import (
     stage_ref,
     stage_ref_or_name,
 )
-from jrlhf.metrics import progress
 from jrlhf.ops.mixing import Mixing
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
-from jrlhf.training.evaluation import Sampler, prompt_slots
-from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import MIX, fault_rates, make_reward, on_host_scores, read_texts
+from jrlhf.training.rewards import MIX, fault_rates, make_reward, on_host_scores
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
     check_answers,
     check_reward,
+    sample_answers,
     start_config,
-    usable_prompts,
     write_text,
 )
 from jrlhf.training.stages.sizes import sampling_plan, usable
@@ -127,15 +124,7 @@ class RewardMix(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(
-                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
-            )
-            repeated = [row for row in ids for _ in range(self.samples)]
-            sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
-            with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
-                samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
-            texts = read_texts(samples, [row for row in rows for _ in range(self.samples)], policy.tokenizer)
+            _, samples, texts = sample_answers(self, policy, ctx, self.samples)
             found = {}
             for name, part in self.parts.items():
                 reward = make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)

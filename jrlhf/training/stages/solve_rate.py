@@ -18,20 +18,18 @@ from jrlhf.config import (
     stage_ref,
     stage_ref_or_name,
 )
-from jrlhf.metrics import progress
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
-from jrlhf.training.evaluation import Sampler, prompt_slots, score
-from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import Texts, make_reward, read_texts
+from jrlhf.training.evaluation import score
+from jrlhf.training.rewards import Texts, make_reward
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
     check_answers,
     check_reward,
+    sample_answers,
     start_config,
-    usable_prompts,
     write_text,
 )
 from jrlhf.training.stages.sizes import sampling_plan, usable
@@ -81,16 +79,8 @@ class ScoredAnswers(MeshStage):
         mesh, n = make_mesh(ctx.mesh), self.samples
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(
-                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
-            )
+            rows, samples, texts = sample_answers(self, policy, ctx, n)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
-            sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, prompt_slots(ids))
-            repeated = [row for row in ids for _ in range(n)]
-            with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
-                samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
-            texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
             values = np.asarray(score(reward, samples, texts, mesh), np.float64)
         return Answered(rows, texts, values.reshape(-1, n), np.asarray(samples.ended).reshape(-1, n))
 
