@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA: with one for each of the eight devices, collectives that wait for one another can take them all.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 import jax
 import pytest

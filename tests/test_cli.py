@@ -66,7 +66,8 @@ class CliTrain(Stage):
             raise UserError("step 3: the loss is nan")
         if self.act == "devices":
             import jax
-            return {"devices": jax.device_count(), "cache": jax.config.jax_compilation_cache_dir}
+            told = {"devices": jax.device_count(), "cache": jax.config.jax_compilation_cache_dir}
+            return told | {"threads": int(os.environ["PJRT_NPROC"])}
         return {"lr": self.lr, "curve": list(range(20)), "nested": {"steps": self.steps}}
 
 
@@ -153,7 +154,7 @@ def test_dry_run(file, call):
 def test_a_dry_run_of_real_stages_creates_nothing(tmp_path):
     """Not even the cache of compiled programs."""
     file = REPOSITORY / "experiments" / "larder" / "ppo_vs_dpo.py"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PJRT_"))}
     env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jrlhf.cli", "run", str(file), "--dry-run"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
@@ -224,10 +225,10 @@ MISTAKES = [
     ("run toy.py --stages.ppo.act mistake", None, "data.txt:3: no field 'prompt'"),
     ("run toy.py --name a/b", None, "name: 'a/b' cannot be a name"),
     ("run toy.py", ("experiment = Exp", "experimnt = Exp"), "toy.py: defines no `experiment = Exp"),
-    ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:56: SyntaxError: "),
+    ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:57: SyntaxError: "),
     ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:56: CliTrain has no field 'lrr'. Did you mean 'lr'?"),
     ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got the string 'x'"),
-    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:55: TypeError: "),
+    ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:56: TypeError: "),
     (
         "run toy.py",
         ('act: str = ""', 'act: str = ""; limits: CliLimits = CliLimits(most="2")'),
@@ -487,7 +488,7 @@ def test_compare_passes_the_runs(file, call, monkeypatch):
 
 def test_a_fresh_process(file):
     """Devices and the compilation cache are set before jax starts; --import makes own classes known."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "PJRT_"))}
     env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
 
     def jrlhf(command: str):
@@ -496,7 +497,10 @@ def test_a_fresh_process(file):
 
     done = jrlhf("run toy.py --seeds 0 --stages.ppo.act devices --devices 3")
     assert (done.returncode, done.stderr) == (0, "")
-    assert results("toy")["ppo"]["0"] == {"devices": 3, "cache": str(Path("runs/.jax_cache").absolute())}
+    told = results("toy")["ppo"]["0"]
+    # A device may wait in several collectives at once.
+    assert told.pop("threads") == max(12, os.cpu_count())
+    assert told == {"devices": 3, "cache": str(Path("runs/.jax_cache").absolute())}
     (folder,) = Path("runs").glob("toy-*")
     unknown = jrlhf(f"run {folder}")
     assert unknown.returncode == 2

@@ -160,15 +160,11 @@ def checkpoint(load, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Quick to compile: a mesh of one device, and no optimisation that the compiler can do without."""
+    """Quick to compile: a mesh of one device."""
     for module in vars(stages).values():
         if hasattr(module, "make_mesh"):
             make = lambda config: make_mesh(MeshConfig(data=1), jax.devices()[:1])  # noqa: E731
             monkeypatch.setattr(module, "make_mesh", make)
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @every_file

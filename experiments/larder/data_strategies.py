@@ -26,7 +26,6 @@ from jrlhf.training.stages import (
     SFT,
     BestAnswers,
     CurateDemonstrations,
-    Evaluate,
     SelectDemonstrations,
     SelectPreferences,
     SolveRate,
@@ -82,12 +81,6 @@ experiment = Experiment(
         **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
         **data,
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", *arms),
-            gold="larder_gold",
-            proxy="reward_model",
-            prompts=evaluation_prompts,
-            sampling=answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", *arms), best_of_n=""),
     },
 )

@@ -19,9 +19,9 @@ from ppo_vs_dpo import experiment as base
 
 from jrlhf.algorithms.reward_model import RewardModelConfig
 from jrlhf.experiment import Experiment
-from jrlhf.training.stages import Evaluate, RewardEnsemble
+from jrlhf.training.stages import RewardEnsemble
 
-pooled, evaluate = base.stages["reward_model"], base.stages["evaluate"]
+pooled = base.stages["reward_model"]
 
 reward_models = {
     "rm_A": replace(pooled, labelers=("A*",)),
@@ -52,13 +52,11 @@ experiment = Experiment(
         **reward_models,
         **rewards,
         **policies,
-        "evaluate": Evaluate(
+        "evaluate": replace(
+            base.stages["evaluate"],
             policies=("sft", *policies),
-            gold="larder_gold",
             groups=("larder_gold_A", "larder_gold_B"),
-            proxy="reward_model",
-            prompts=evaluate.prompts,
-            sampling=evaluate.sampling,
+            best_of_n="",
         ),
     },
 )

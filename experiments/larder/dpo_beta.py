@@ -21,13 +21,11 @@ Measured   five seeds of everything after SFT, 256 prompts x 4 answers. Accuracy
 
 from dataclasses import replace
 
-from ppo_vs_dpo import answers, evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.algorithms.dpo import DPOConfig
 from jrlhf.experiment import Experiment
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import Evaluate
 
 arms = {
     f"dpo_{beta}".replace(".", "_"): replace(
@@ -43,12 +41,6 @@ experiment = Experiment(
     stages={
         **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model", "ppo")},
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", "ppo", *arms),
-            gold="larder_gold",
-            proxy="reward_model",
-            prompts=evaluation_prompts,
-            sampling=answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", "ppo", *arms), best_of_n=""),
     },
 )

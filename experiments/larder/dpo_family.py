@@ -10,7 +10,6 @@ Expected   all above SFT in gold; their betas are those of the papers, and not t
 
 from dataclasses import replace
 
-from ppo_vs_dpo import answers, evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.algorithms.cpo import CPOConfig
@@ -22,7 +21,7 @@ from jrlhf.algorithms.simpo import SimPOConfig
 from jrlhf.experiment import Experiment
 from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import DirectAlignment, Evaluate, UnpairedAlignment
+from jrlhf.training.stages import DirectAlignment, UnpairedAlignment
 
 optim = OptimConfig(lr=3e-4, schedule="cosine", warmup_steps=20)
 pairs = DirectAlignment(
@@ -58,12 +57,6 @@ experiment = Experiment(
     stages={
         **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", *arms),
-            gold="larder_gold",
-            proxy="reward_model",
-            prompts=evaluation_prompts,
-            sampling=answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", *arms), best_of_n=""),
     },
 )

@@ -16,12 +16,10 @@ Expected   not yet measured
 
 from dataclasses import replace
 
-from ppo_vs_dpo import answers, evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.experiment import Experiment
 from jrlhf.lab import LarderPrompts
-from jrlhf.training.stages import Evaluate
 
 ppo, dpo = base.stages["ppo"], base.stages["dpo"]
 
@@ -42,12 +40,6 @@ experiment = Experiment(
             base.stages["preferences"], prompts=LarderPrompts(size=667, split="reward_model"), responses=9
         ),
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", *arms),
-            gold="larder_gold",
-            proxy="reward_model",
-            prompts=evaluation_prompts,
-            sampling=answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", *arms), best_of_n=""),
     },
 )

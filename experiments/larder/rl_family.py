@@ -13,7 +13,7 @@ Measured   five seeds: gold 1.19 PPO, 1.21 RLOO, 1.20 Dr. GRPO at KL 1.9, 1.9 an
 
 from dataclasses import replace
 
-from ppo_vs_dpo import answers, evaluation_prompts
+from ppo_vs_dpo import answers
 from ppo_vs_dpo import experiment as base
 
 from jrlhf.algorithms.dr_grpo import DrGRPOConfig
@@ -25,7 +25,7 @@ from jrlhf.lab import LarderPrompts
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import PPO, Evaluate, OnPolicy
+from jrlhf.training.stages import PPO, OnPolicy
 
 # The same for all: coefficient, penalty, and optimiser steps per batch of answers.
 shared = {"beta": 0.1, "missing_eos_penalty": 1.0, "epochs": 2, "minibatches": 2}
@@ -66,12 +66,6 @@ experiment = Experiment(
     stages={
         **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", *arms),
-            gold="larder_gold",
-            proxy="reward_model",
-            prompts=evaluation_prompts,
-            sampling=answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", *arms), best_of_n=""),
     },
 )

@@ -13,7 +13,8 @@ Expected   not yet measured
 
 from dataclasses import replace
 
-from right_answers import answers, critic_free, groups, longer_answers, start
+from right_answers import answers, critic_free, groups, start
+from right_answers import experiment as base
 
 from jrlhf.algorithms.grpo import GRPOConfig
 from jrlhf.config import StageRows
@@ -21,7 +22,7 @@ from jrlhf.data.curation import Between, Curriculum
 from jrlhf.experiment import Experiment
 from jrlhf.lab import SorterPrompts
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import Evaluate, SolveRate
+from jrlhf.training.stages import SolveRate
 
 STEPS = 100
 
@@ -46,15 +47,6 @@ experiment = Experiment(
         **start,
         "solve_rates": solve_rates,
         **arms,
-        "evaluate": Evaluate(
-            policies=("sft", *arms),
-            gold="sorter_answer",
-            prompts={
-                "sort": SorterPrompts(size=256, split="eval", task="sort", seed=1),
-                "held_out_length": SorterPrompts(size=64, split="held_out_length", task="sort", seed=1),
-            },
-            samples=8,
-            sampling=longer_answers,
-        ),
+        "evaluate": replace(base.stages["evaluate"], policies=("sft", *arms)),
     },
 )

@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 from typing import Any
 
 import matplotlib
@@ -22,7 +23,7 @@ from scipy.optimize import isotonic_regression
 
 from jrlhf.compare.evaluations import Policy
 from jrlhf.compare.runs import Stage
-from jrlhf.compare.statistics import Interval
+from jrlhf.compare.statistics import Interval, not_dominated
 from jrlhf.compare.summary import Row, Summary, limits, listed, number, signed
 
 PAPER, INK, MUTED, RULE = "#ffffff", "#1b1f24", "#5f6670", "#d8dce1"
@@ -105,6 +106,7 @@ def all_figures(summary: Summary) -> list[Figure]:
         return [
             frontier(summary, looks),
             win_rates(summary, looks),
+            pareto(summary, looks),
             reward_and_kl(summary, looks),
             reward_parts(summary, looks),
             learning_curves(summary, looks),
@@ -583,6 +585,107 @@ def win_rates(summary: Summary, looks: dict[str, Look]) -> Figure:
     )
 
 
+@dataclass(frozen=True)
+class Front:
+    """The policies of one evaluation that every one of its groups' gold rewards judged, on the main split."""
+
+    evaluation: str
+    groups: tuple[str, ...]  # two or more
+    rows: tuple[Row, ...]  # two or more
+    kept: tuple[bool, ...]  # by row: no other policy dominates it, by the means of all groups
+
+    @property
+    def by_label(self) -> dict[str, bool]:
+        return {row.label: kept for row, kept in zip(self.rows, self.kept, strict=True)}
+
+
+def fronts(summary: Summary) -> list[Front]:
+    """The Pareto front of each evaluation with groups. Policies of two evaluations answered different prompts or
+    have different baselines, and are not held against each other."""
+    found = []
+    for evaluation in summary.evaluations:
+        rows = [row for row in summary.main if row.evaluation == evaluation.label]
+        groups = tuple(dict.fromkeys(name for row in rows for name in row.groups))
+        judged = tuple(row for row in rows if row.groups.keys() == {*groups})
+        if len(groups) > 1 and len(judged) > 1:
+            kept = not_dominated([[row.groups[name].value for name in groups] for row in judged])
+            found.append(Front(evaluation.label, groups, judged, tuple(kept.tolist())))
+    return found
+
+
+def pareto(summary: Summary, looks: dict[str, Look]) -> Figure:
+    """The policies by the gold rewards of two groups, with the front of those that no other dominates.
+
+    A panel for each pair of the first three groups; dominance is by all groups.
+    """
+    title = "Gold reward of one group against another"
+    found = fronts(summary)
+    if not found:
+        missing = "No two policies were judged by the gold rewards of two or more groups."
+        return Figure("pareto", title, missing=missing)
+    panels: list[tuple[str, Canvas, str]] = []
+    findings = []
+    for front in found:
+        where = f"{front.evaluation}: " if front.evaluation else ""
+        for x, y in combinations(front.groups[:3], 2):
+            canvas = _pareto_panel(front, x, y, looks)
+            slug = "pareto" if not panels else f"pareto_{len(panels) + 1}"
+            panels.append((slug, canvas, f"{title}: {where}{y} against {x}"))
+        names = [label for label, kept in front.by_label.items() if kept]
+        if len(names) == 1:
+            findings.append(f"{where}{names[0]} dominates every other policy.")
+        elif len(names) == len(front.rows):
+            findings.append(f"{where}None of the {len(names)} policies dominates another.")
+        else:
+            findings.append(f"{where}{len(names)} of {len(front.rows)} are not dominated: {listed(names)}.")
+    guide = (
+        "Up and to the right is better. Pale and hollow are dominated: another policy has at least as much gold of "
+        "every group and more of one. This is by the means alone; bars are 95% intervals, and where they overlap "
+        "another run may say otherwise. "
+    )
+    if any(len(front.groups) > 2 for front in found):
+        guide += "The line is the front of a panel's two groups; a filled policy below it is kept by another group."
+    else:
+        guide += "What lies below the line is dominated."
+    return _figure("pareto", title, " ".join(findings), guide, panels)
+
+
+def _pareto_panel(front: Front, x: str, y: str, looks: dict[str, Look]) -> Canvas:
+    canvas, ax = _canvas(4.2)
+    boxes: list[tuple[float, float]] = []
+    labels: list[tuple[float, float, str, str]] = []
+    key: list[tuple[str, Line2D]] = []
+    for row, kept in sorted(zip(front.rows, front.kept, strict=True), key=lambda entry: entry[1]):
+        across, up, look = row.groups[x], row.groups[y], looks[row.label]
+        _cross(ax, across, up, look, pale=not kept)
+        boxes += _along(np.array(across[1:]), np.full(2, up.value)) if np.isfinite(across.low) else []
+        boxes += _along(np.full(2, across.value), np.array(up[1:])) if np.isfinite(up.low) else []
+        labels.append((across.value, up.value, _wrapped(row.label), look.color))
+        fill = look.color if kept else PAPER
+        key.append((row.label, Line2D([], [], color=look.color, mfc=fill, marker=look.marker, ms=6, ls="")))
+    ax.margins(x=0.2, y=0.12)  # room for names
+    ax.autoscale_view()
+    points = np.array([label[:2] for label in labels])
+    corners = _stairs(points[not_dominated(points)], ax.get_xlim()[0], ax.get_ylim()[0])
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # as they are: the line goes to the edges and not beyond
+    ax.plot(*corners.T, color=MUTED, lw=1.1, zorder=2)
+    for segment in pairwise(corners):
+        boxes += _along(*np.array(segment).T)
+    _y_title(ax, f"{_wrapped(y, 40)}, mean gold reward")
+    ax.set_xlabel(f"{_wrapped(x, 40)}, mean gold reward")
+    if not _place(ax, labels, boxes, only_clear=True):
+        _key(canvas, key)
+    return canvas
+
+
+def _stairs(front: np.ndarray, left: float, bottom: float) -> np.ndarray:
+    """Corners [C, 2] of the edge of what the points `front` [P, 2], none dominated, dominate: from the left edge
+    along the highest, down to the next, and at last to the bottom edge."""
+    front = np.unique(front, axis=0)  # by x, so that y falls
+    x, y = np.repeat(front[:, 0], 2), np.repeat(front[:, 1], 2)
+    return np.stack([np.concatenate([[left], x]), np.concatenate([y, [bottom]])], axis=1)
+
+
 def length_distribution(summary: Summary, looks: dict[str, Look]) -> Figure:
     """How long the answers are: a histogram per policy on a shared axis, with the median marked."""
     title = "Length of answers"
@@ -708,12 +811,15 @@ def _y_title(ax: Axes, words: str) -> None:
     ax.set_title(words, color=MUTED, fontsize=9)
 
 
-def _cross(ax: Axes, x: Interval, y: Interval, look: Look) -> None:
+def _cross(ax: Axes, x: Interval, y: Interval, look: Look, pale: bool = False) -> None:
+    """A marker with its intervals as bars. `pale`: faint bars and a hollow marker, for what steps back."""
+    alpha = 0.4 if pale else 1.0
     if np.isfinite(x.low):
-        ax.plot([x.low, x.high], [y.value] * 2, color=look.color, lw=1.5, zorder=3)
+        ax.plot([x.low, x.high], [y.value] * 2, color=look.color, lw=1.5, alpha=alpha, zorder=3)
     if np.isfinite(y.low):
-        ax.plot([x.value] * 2, [y.low, y.high], color=look.color, lw=1.5, zorder=3)
-    ax.plot(x.value, y.value, look.marker, color=look.color, ms=7, zorder=4)
+        ax.plot([x.value] * 2, [y.low, y.high], color=look.color, lw=1.5, alpha=alpha, zorder=3)
+    fill = PAPER if pale else look.color
+    ax.plot(x.value, y.value, look.marker, color=look.color, mfc=fill, ms=7, zorder=4)
 
 
 def _bar(ax: Axes, interval: Interval, y: float, look: Look) -> None:
@@ -807,44 +913,99 @@ def _along(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
     return list(zip(np.interp(at, np.arange(len(x)), x), np.interp(at, np.arange(len(x)), y), strict=True))
 
 
-def _place(ax: Axes, labels: list[tuple[float, float, str, str]], lines: list[tuple[float, float]]) -> None:
+def _place(
+    ax: Axes,
+    labels: list[tuple[float, float, str, str]],
+    lines: list[tuple[float, float]],
+    only_clear: bool = False,
+) -> bool:
     """Put each name near its point, on the side where it covers the least of markers, lines and names.
 
-    A name that had to go further away is tied to its point by a thin line in the point's colour.
+    A name that had to go further away, or that stands about as near to another point, is tied to its own by a thin line
+    in the point's colour. Returns whether no name covers another, a marker or the frame; with `only_clear` nothing is
+    drawn where one would.
     """
     ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # no sub-figures here
     scale = 72 / ax.figure.dpi  # pixels to points
-    taken = [
-        (x - 1.5, y - 1.5, x + 1.5, y + 1.5) for x, y in (ax.transData.transform(p) * scale for p in lines)
+    frame = np.asarray(ax.get_window_extent().extents) * scale
+    thin = _squares(ax.transData.transform(lines) * scale, 1.5)
+    spots = ax.transData.transform([label[:2] for label in labels]) * scale
+    marks = _squares(spots, 4)
+    every = [_candidates(spots, i, text) for i, (_, _, text, _) in enumerate(labels)]
+    costs = [
+        each.cost
+        + _overlap(each.boxes, thin)
+        + 40 * _overlap(each.boxes, marks)
+        + 40_000 * _beyond(each.boxes[:, 0], frame)
+        for each in every
     ]
-    taken += [
-        (x - 5, y - 5, x + 5, y + 5) for x, y in (ax.transData.transform(p[:2]) * scale for p in labels)
-    ]
-    frame = tuple(np.asarray(ax.get_window_extent().extents) * scale)
-    for px, py, text, color in labels:
-        x, y = ax.transData.transform((px, py)) * scale
-        width, height = 5.6 * len(text), 9.0
-        candidates = []
-        for reach in (9, 13, 18, 26):
-            for dx, dy in ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)):
-                left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
-                base = y + dy * reach - height / 2
-                box = (left, base, left + width, base + height)
-                cost = sum(_overlap(box, other) for other in taken) + 2 * reach + 4 * (dx == 0)
-                cost += 1000 * (_overlap(box, frame) < 0.99 * width * height)
-                candidates.append((cost, dx, dy, reach, box))
-        _, dx, dy, reach, box = min(candidates, key=lambda candidate: candidate[0])
+    chosen: dict[int, int] = {}
+    for i in [*range(len(labels))] * 4:  # the first places were taken before the last names were there
+        others = np.concatenate([marks[:0], *(every[j].boxes[c] for j, c in chosen.items() if j != i)])
+        chosen[i] = int(np.argmin(costs[i] + 40 * _overlap(every[i].boxes, others)))
+    names = np.array([every[i].boxes[chosen[i], 0] for i in range(len(labels))])
+    clear = not _beyond(names, frame).any() and all(
+        _overlap(names[i : i + 1], np.concatenate([marks, np.delete(names, i, axis=0)])) == 0
+        for i in range(len(names))
+    )
+    for i, (px, py, text, color) in enumerate(labels if clear or not only_clear else []):
+        dx, dy, reach = every[i].steps[chosen[i]]
+        tied = color != MUTED and (reach > 13 or every[i].doubtful[chosen[i]])
+        tie = {"arrowstyle": "-", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 4}
         note = ax.annotate(
             text, (px, py), xytext=(dx * reach, dy * reach), textcoords="offset points", zorder=5, fontsize=9,
             color=MUTED if color == MUTED else INK, ha={1: "left", 0: "center", -1: "right"}[dx], va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8} if reach > 13 and color != MUTED else None,
+            arrowprops=tie | {"relpos": (0.5 - dx / 2, 0.5 - dy / 2 * (dx == 0))} if tied else None,
         )  # fmt: skip
         note.set_in_layout(False)  # a name must not squeeze the axes, however it lies
-        taken.append(box)
+    return clear
 
 
-def _overlap(a: tuple, b: tuple) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+@dataclass(frozen=True)
+class _Candidates:
+    """Where a name may stand, C places. `boxes` [C, 1 + K, 4] (left, bottom, right, top, in points) are it and dots of
+    the line that may tie it; `doubtful` [C] are those where another point is about as near."""
+
+    steps: list[tuple[int, float, int]]  # dx, dy and reach: the name is anchored at reach * (dx, dy)
+    boxes: np.ndarray
+    doubtful: np.ndarray
+    cost: np.ndarray  # [C]
+
+
+def _candidates(spots: np.ndarray, own: int, text: str) -> _Candidates:
+    """Of the name `text` of the point `spots[own]`, all [N, 2] in points."""
+    (x, y), width = spots[own], 5.6 * max(map(len, text.splitlines()))
+    height = 12.0 * (text.count("\n") + 1) - 3
+    sides = [(dx, dy) for dx in (1, -1) for dy in (0, 1, -1, 0.5, -0.5)] + [(0, 1), (0, -1)]
+    steps = [(dx, dy, reach) for reach in (9, 13, 18, 26, 36, 48, 62, 78) for dx, dy in sides]
+    boxes = []
+    for dx, dy, reach in steps:
+        left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
+        base = y + dy * reach - height / 2
+        tie = np.linspace(6 / reach, 1, 12)[:, None] * [dx * reach, dy * reach] + [x, y]
+        boxes.append(np.concatenate([[[left, base, left + width, base + height]], _squares(tie, 1)]))
+    names = np.array(boxes)[:, None, 0]
+    away = np.maximum(np.maximum(names[..., :2] - spots, spots - names[..., 2:]), 0)  # [C, N, 2]
+    away = np.hypot(away[..., 0], away[..., 1])
+    doubtful = np.any(np.delete(away, own, axis=1) < away[:, own, None] + 5, axis=1)
+    cost = np.array([2.0 * reach + 4 * (dx == 0) for dx, _, reach in steps]) + 20 * doubtful
+    return _Candidates(steps, np.array(boxes), doubtful, cost)
+
+
+def _squares(centres: np.ndarray, half: float) -> np.ndarray:
+    """[N, 2] -> [N, 4]"""
+    return np.concatenate([centres - half, centres + half], axis=1)
+
+
+def _beyond(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Whether boxes [N, 4] reach out of the frame [4]."""
+    return np.any(boxes[:, :2] < frame[:2], axis=1) | np.any(boxes[:, 2:] > frame[2:], axis=1)
+
+
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The area that boxes [..., K, 4] share with others [M, 4], summed over both: [...]."""
+    sides = np.minimum(boxes[..., None, 2:], others[:, 2:]) - np.maximum(boxes[..., None, :2], others[:, :2])
+    return np.prod(np.maximum(sides, 0), axis=-1).sum(axis=(-1, -2))
 
 
 def _figure(

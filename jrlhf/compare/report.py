@@ -326,6 +326,15 @@ def _flat(row: Row) -> dict[str, Any]:
     return out
 
 
+def _flat_rows(summary: Summary) -> list[dict[str, Any]]:
+    """Every row as plain columns, and on the main split whether no other policy dominates it by the groups' means."""
+    kept, main = _not_dominated(summary), summary.main
+    return [
+        _flat(row) | ({"not_dominated": kept.get(row.label) if row in main else None} if kept else {})
+        for row in summary.rows
+    ]
+
+
 def _limits_of(name: str, interval: Interval | None) -> dict[str, float | None]:
     values = interval or (None, None, None)
     plain = [None if v is None or math.isnan(v) else float(v) for v in values]
@@ -333,7 +342,7 @@ def _limits_of(name: str, interval: Interval | None) -> dict[str, float | None]:
 
 
 def _write_csv(file: Path, summary: Summary) -> None:
-    rows = [_flat(row) for row in summary.rows]
+    rows = _flat_rows(summary)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
@@ -359,7 +368,7 @@ def _write_json(file: Path, summary: Summary, figures: Sequence[str]) -> None:
         "reward_name": summary.reward_name,
         "confidence": 0.95,
         "runs": [run.name for run in summary.runs],
-        "rows": [_flat(row) for row in summary.rows],
+        "rows": _flat_rows(summary),
         "pairs": [_pair_flat(p) for p in summary.pairs],
         "best_of_n": {
             f"{evaluation.label} {curve.label}".strip(): {
@@ -510,17 +519,24 @@ def _criteria(summary: Summary) -> dict[str, Any] | None:
 
 
 def _groups(summary: Summary) -> dict[str, Any] | None:
-    """Each group's own gold reward, and that of the group which is worst off. A policy without them has dashes."""
+    """Each group's own gold reward, whether another policy dominates this one (where two or more can be held against
+    each other), and the group which is worst off. A policy without them has dashes."""
     names = list(dict.fromkeys(name for row in summary.main for name in row.groups))
     if not names:
         return None
-    body = []
+    kept, body = _not_dominated(summary), []
     for row in summary.main:
         worst = min(row.groups, key=lambda name: row.groups[name].value, default="")
         value, bounds = _cell(row.groups.get(worst))
         last = (f"{value} ({worst})", bounds) if worst else (value, bounds)
-        body.append((row.label, [*(_cell(row.groups.get(name)) for name in names), last]))
-    return {"names": names, "rows": body}
+        front = [({True: "yes", False: "no", None: DASH}[kept.get(row.label)], "")] if kept else []
+        body.append((row.label, [*(_cell(row.groups.get(name)) for name in names), *front, last]))
+    return {"names": [*names, *["not dominated"] * bool(kept)], "rows": body}
+
+
+def _not_dominated(summary: Summary) -> dict[str, bool]:
+    """By label, of the policies in the Pareto figure."""
+    return {label: kept for front in plots.fronts(summary) for label, kept in front.by_label.items()}
 
 
 def _flat_scores(scores: Scores) -> np.ndarray:

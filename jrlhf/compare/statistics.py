@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from jrlhf.ops.intervals import wilson_interval
@@ -147,6 +148,23 @@ def interquartile_mean(scores: Scores) -> float | None:
     """
     seeds = prompt_means(scores).mean(axis=1)
     return float(stats.trim_mean(seeds, 0.25)) if len(seeds) >= 4 else None
+
+
+def not_dominated(values: ArrayLike) -> np.ndarray:
+    """The Pareto front of P policies by G rewards, [P, G] -> [P] bool: which rows no other row dominates.
+
+    More is better. One row dominates another when it is at least as good in all columns and better in one (Pareto
+    dominance), so equal rows both stay. A row with a NaN was not measured in full and compares with nothing: it
+    dominates no other and is itself not on the front. Raises ValueError unless `values` is [P, G] with G ≥ 1.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise ValueError(f"values must be a [P, G] array with at least one column, got shape {values.shape}")
+    # [P, P], row i against row j. Comparisons with NaN are false, so such a row never counts as at least as good.
+    at_least = np.all(values[:, None] >= values[None], axis=2)
+    better = np.any(values[:, None] > values[None], axis=2)
+    dominated = np.any(at_least & better, axis=0)
+    return ~dominated & ~np.isnan(values).any(axis=1)
 
 
 def _wins(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[float]:

@@ -265,6 +265,21 @@ def position_bias(comparison: Comparison, margin: float = 0.0) -> PositionBias:
     )
 
 
+def filled(
+    values: np.ndarray, fallback: float | None, reward: str, what: str, advice: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Values [N] with `fallback` where the judge has no verdict (NaN), and where that is [N] bool. None is no fallback:
+    then nothing is filled, and NaN is a UserError that names the reward, `what` was asked and the advice."""
+    silent = np.isnan(values)
+    if fallback is not None:
+        return np.where(silent, fallback, values), silent
+    if silent.any():
+        raise UserError(
+            f"reward {reward!r}: the judge has no verdict on {silent.sum()} of {len(silent)} {what}; {advice}"
+        )
+    return values, None
+
+
 def expected_score(verdicts: np.ndarray, options: Sequence[str]) -> np.ndarray:
     """[N] float64 in [-1, 1]: the mean of numeric options under [N, K] probabilities, their range mapped to [-1, 1]
     (direct RLAIF: Lee et al. 2023, section 2.3.2, with the options 1 to 10). NaN where there is no verdict."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jrlhf.config import UserError, did_you_mean, read_json
-from jrlhf.rewards.judges import Judge, checked, expected_score, fill
+from jrlhf.rewards.judges import Judge, checked, expected_score, fill, filled
 from jrlhf.types import Scores
 
 How = Literal["explicit", "holistic"]
@@ -353,12 +353,5 @@ class RubricScorer:
 
     def _filled(self, met: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """With `fallback` where there is no verdict, and where that is; UserError without one."""
-        silent = np.isnan(met)
-        if self.fallback is None:
-            if silent.any():
-                raise UserError(
-                    f"reward {self.name!r}: the judge has no verdict on {silent.sum()} of {len(silent)} questions; "
-                    "give the stage a `fallback`, from 0 (not met) to 1 (met)"
-                )
-            return met, None
-        return np.where(silent, self.fallback, met), silent
+        advice = "give the stage a `fallback`, from 0 (not met) to 1 (met)"
+        return filled(met, self.fallback, self.name, "questions", advice)

@@ -32,6 +32,7 @@ from jrlhf.rewards.judges import (
     compare_pairs,
     expected_score,
     fill,
+    filled,
 )
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.rollout.sampling import SamplingConfig
@@ -195,15 +196,9 @@ class JudgeReward:
                     )
                 references.append(row["answer"])
             values = self.compare(prompts, completions, references)
-        silent = np.isnan(values)
-        if self.fallback is None:
-            if silent.any():
-                raise UserError(
-                    f"reward {self.name!r}: the judge has no verdict on {silent.sum()} of {len(silent)} answers; give "
-                    "the judge a `fallback`, the reward of such an answer"
-                )
-            return Scores(values.astype(np.float32))
-        return Scores(np.where(silent, self.fallback, values).astype(np.float32), failed=silent)
+        advice = "give the judge a `fallback`, the reward of such an answer"
+        values, failed = filled(values, self.fallback, self.name, "answers", advice)
+        return Scores(values.astype(np.float32), failed=failed)
 
     def compare(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
         """[N] float64: how much better answer a is than b, the mean of both orders."""

@@ -3,12 +3,13 @@ interface."""
 
 import asyncio
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,9 @@ from jrlhf.types import Array, Params, RewardFn, Rollout, Scores
 # What stages leave that have no model of their own; they name the folders beside their own whose models they use.
 ENSEMBLE, JUDGE, MIX, VERIFIER = "ensemble.json", "judge.json", "mix.json", "verifier.json"
 STEP_REWARD, RUBRIC, LENGTH = "step_reward.json", "rubric.json", "length.json"
+SHAPED = "shaped.json"
+
+Shape = Literal["sigmoid", "log_sigmoid"]
 
 # Every reward that a config may name. To add one: a function (prompts, completions, rows) -> [N], and a line
 # in `jrlhf/rewards/__init__.py`.
@@ -212,6 +216,15 @@ def stage_reward(
     return Reward(name, False, scores, trained_on=trained_range(model_meta(folder, "scalar")))
 
 
+def noted_reward(
+    name: str, said: dict[str, Any], folder: Path, mesh: Mesh, tokenizer: Tokenizer, base
+) -> Reward:
+    """Of what a note in `folder` names: a stage, by the folder that it left beside this one, or a program."""
+    if "stage" in said:
+        return stage_reward(name, folder.parent / said["stage"], mesh, tokenizer, base)
+    return text_reward(name, program_reward(said["program"]), on_host=True)
+
+
 def judged_reward(name: str, folder: Path, mesh: Mesh, *_: Any) -> Reward:
     noted = read_json(folder / JUDGE)
     return text_reward(name, judge_of(name, noted, folder, mesh), "asked" in noted and one_process())
@@ -314,6 +327,56 @@ def without_length(scores: Array, response_mask: Array, slope, length, mean, std
     return (jnp.asarray(scores, jnp.float32) - slope * (tokens - length) - mean) / std
 
 
+def shaped_reward(
+    name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base: tuple[Path, Loaded] | None = None
+) -> Reward:
+    """A reward seen from the references of each prompt, by the note of a Shaped stage; the reward is logged too."""
+    noted = read_json(folder / SHAPED)
+    reward = noted_reward(name, noted, folder, mesh, tokenizer, base)
+    known = {key: np.asarray(scores, np.float64) for key, scores in noted["references"].items()}
+
+    def references(row: dict) -> np.ndarray:
+        if (key := reference_key(row)) not in known:
+            raise UserError(
+                f"reward {name!r} has no references for the prompt {_beginning(row)}. Its stage's `prompts` must have "
+                "every row that is scored, with the same `answer`, `group` and `tools`: add those of evaluations by "
+                "a Mixture"
+            )
+        return known[key]
+
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        if texts is None:
+            raise ValueError(f"reward {name!r} reads prompts (`needs_text`), and was given none")
+        of_prompts = [references(row) for row in texts.rows]
+        said = scores_of([reward], rollout, texts, mesh)[0]
+        values = shape_scores(fetch(said.total), of_prompts, noted["shape"])
+        return said._replace(values=values, tokens=None, parts={**said.parts, "unshaped": said.total})
+
+    return Reward(name, True, score)
+
+
+def reference_key(row: dict) -> str:
+    """The prompt of a row, with what else of it tools and rewards commonly read. Fields that other stages add (a solve
+    rate) make no other prompt of it."""
+    read = ("prompt", "tools", "answer", "group")
+    return json.dumps({name: row[name] for name in read if row.get(name) is not None}, sort_keys=True)
+
+
+def _beginning(row: dict) -> str:
+    text = prompt_text(row["prompt"])
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def shape_scores(scores: Array, references: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+    """[B] float32 of scores [B] and the references' scores [M_i] of each: the mean over these of
+    sigmoid(score - reference), in (0, 1), or of its logarithm."""
+    scores = np.asarray(scores, np.float64)
+    of_each = [-np.logaddexp(0.0, some - score) for score, some in zip(scores, references, strict=True)]
+    if shape == "sigmoid":
+        of_each = [np.exp(log) for log in of_each]
+    return np.asarray([np.mean(x) for x in of_each], np.float32)
+
+
 def _member(name: str, folder: Path, mesh: Mesh, tokenizer: Tokenizer, base) -> Reward:
     """A model of several heads gives `values` of [B, n]."""
     if has_model(folder) and is_head_ensemble(model_meta(folder, "scalar")):
@@ -359,13 +422,9 @@ def mixed_reward(
     """Several rewards as one, by the note of a RewardMix; each is logged as a part. It is one of whole answers: what
     tokens earn is added up."""
     noted = read_json(folder / MIX)
-    rewards = []
-    for part, said in noted["parts"].items():
-        if "stage" in said:
-            reward = stage_reward(part, folder.parent / said["stage"], mesh, tokenizer, base)
-        else:
-            reward = text_reward(part, program_reward(said["program"]), on_host=True)
-        rewards.append(reward)
+    rewards = [
+        noted_reward(part, said, folder, mesh, tokenizer, base) for part, said in noted["parts"].items()
+    ]
     how, rules = noted["how"], list(noted["parts"].values())
     column = lambda key, none=0.0: np.asarray(  # noqa: E731
         [none if rule[key] is None else rule[key] for rule in rules], np.float32
@@ -421,6 +480,7 @@ NOTED: dict[str, Callable[..., Reward]] = {
     ENSEMBLE: ensemble_reward,
     MIX: mixed_reward,
     LENGTH: length_corrected_reward,
+    SHAPED: shaped_reward,
     JUDGE: judged_reward,
     RUBRIC: rubric_reward,
     VERIFIER: verified_reward,

@@ -43,15 +43,6 @@ def of(folders: list[Path]):
     return pytest.mark.parametrize("case", folders, indirect=True, ids=lambda f: f.name)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These models take longer to compile than to run: leave out what the compiler need not do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @dataclass(frozen=True)
 class Case:
     """A checkpoint, what transformers says of it, and the one forward pass that is compiled for it."""

@@ -4,15 +4,9 @@ from pathlib import Path
 
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only, quick_compilation
+from tiny_runs import QUIET, folders, one_device, only
 
 from jrlhf.experiment import run
-
-
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +17,7 @@ def runs_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(runs_dir) -> Path:
     """The run folder of the whole experiment on eight devices: data 4, fsdp 2."""
-    with quick_compilation():
-        return run(tiny.experiment, runs_dir, console=QUIET)
+    return run(tiny.experiment, runs_dir, console=QUIET)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +28,7 @@ def one_device_runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def one_device_run(one_device_runs) -> Path:
     """The run folder of the experiment's training stages on one device."""
-    with quick_compilation(), one_device():
+    with one_device():
         kept = only("pretrain", "sft", "preferences", "reward_model", "ppo", "dpo")
         return run(kept, one_device_runs, console=QUIET)
 

@@ -20,7 +20,6 @@ from tiny_runs import (
     lasting,
     one_device,
     only,
-    quick_compilation,
     trained,
 )
 
@@ -101,7 +100,7 @@ def adapted(one_device_run, one_device_runs) -> Run:
         seen.scorers.append(params)
         return scores(model, params, *args)
 
-    with pytest.MonkeyPatch.context() as patch, quick_compilation(), one_device():
+    with pytest.MonkeyPatch.context() as patch, one_device():
         patch.setattr(online, "sharded_state", watch_state)
         patch.setattr(online, "rollout", watch_rollout)
         patch.setattr(rewards, "jitted_scores", watch_scores)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from tiny_runs import QUIET, evaluated, folders, one_device, only, quick_compilation, trained
+from tiny_runs import QUIET, evaluated, folders, one_device, only, trained
 
 from jrlhf.algorithms.distillation import DistillationConfig
 from jrlhf.checkpoint import load_meta
@@ -41,7 +41,7 @@ stages = tiny.experiment.stages | {"small": small, "distill": distill}
 @pytest.fixture(scope="module")
 def left(one_device_runs):
     kept = only("pretrain", "sft", small=small, distill=distill, adapted=adapted)
-    with quick_compilation(), one_device():
+    with one_device():
         return folders(run(kept, one_device_runs, console=QUIET))
 
 

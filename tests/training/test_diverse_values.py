@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only, quick_compilation
+from tiny_runs import QUIET, folders, one_device, only
 
 from jrlhf.algorithms.reward_model import RewardModelConfig
 from jrlhf.checkpoint import load_meta
@@ -53,7 +53,7 @@ STAGES = {
 @pytest.fixture(scope="module")
 def finished(one_device_runs):
     """The run's folder."""
-    with quick_compilation(), one_device():
+    with one_device():
         kept = only("pretrain", "sft", "preferences", **STAGES)
         return run(kept, one_device_runs, console=QUIET)
 
@@ -192,7 +192,7 @@ EVALUATE = replace(STAGES["evaluate"], policies=("sft",))
 def test_mistakes_have_one_message(left, one_device_runs, stages, message):
     kept = ("pretrain", "sft", "preferences", "reward_model")
     more = {name: STAGES[name] for name in ("heads",)} | stages
-    with pytest.raises(UserError, match=message), quick_compilation(), one_device():
+    with pytest.raises(UserError, match=message), one_device():
         run(only(*kept[: 4 if "reward_model" in str(stages) else 3], **more), one_device_runs, console=QUIET)
 
 

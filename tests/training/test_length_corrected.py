@@ -7,15 +7,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only, quick_compilation
+from tiny_runs import QUIET, folders, one_device, only, some_answers
 
 from jrlhf.config import MeshConfig, UserError
-from jrlhf.data.batching import encode_prompt
 from jrlhf.experiment import run
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import preference_arrays
-from jrlhf.training.evaluation import Sampler, score
+from jrlhf.training.evaluation import score
 from jrlhf.training.rewards import make_reward, read_texts
 from jrlhf.training.stages import Judge, LengthCorrected
 from jrlhf.training.stages.length_corrected import as_samples, fit_length
@@ -92,7 +90,7 @@ def left(one_device_runs, one_device_run):
             loop=tiny.loop(1),
         ),
     }  # fmt: skip
-    with quick_compilation(), one_device():
+    with one_device():
         kept = only("pretrain", "sft", "preferences", "reward_model", **stages)
         return folders(run(kept, one_device_runs, console=QUIET))
 
@@ -100,13 +98,8 @@ def left(one_device_runs, one_device_run):
 @pytest.fixture(scope="module")
 def answers(left, mesh):
     """Of the start policy: (tokenizer, rollout, texts)."""
-    policy = load_model(left["sft"], mesh)
-    rows = list(tiny.prompts.rows())
-    ids = [encode_prompt(row, policy.tokenizer, 20).tolist() for row in rows]
-    samples = Sampler(policy.model, policy.tokenizer, mesh, tiny.answers, 20).sample(
-        policy.params, ids, jax.random.key(5)
-    )
-    return policy.tokenizer, samples, read_texts(samples, rows, policy.tokenizer)
+    policy, _, samples, texts = some_answers(left["sft"], mesh)
+    return policy.tokenizer, samples, texts
 
 
 @pytest.mark.parametrize(("name", "inner"), [("corrected", "reward_model"), ("judge_corrected", "judge")])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from rich.console import Console
-from tiny_runs import QUIET, folders, jsonl, lasting, one_device, only, quick_compilation
+from tiny_runs import QUIET, folders, jsonl, lasting, one_device, only
 
 from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.checkpoint import Checkpointer, load_params
@@ -301,7 +301,7 @@ def results(folder):
 def plain(one_device_run, one_device_runs):
     """{steps: folder} of runs that end by themselves."""
     stages = {f"after_{n}": replace(STAGE, alarms=SOON, loop=replace(STAGE.loop, steps=n)) for n in (2, 4, 6)}
-    with quick_compilation(), one_device():
+    with one_device():
         left = folders(
             run(
                 only("pretrain", "sft", "preferences", "reward_model", **stages),
@@ -342,7 +342,7 @@ def rolled_back(plain, one_device_runs):
     alarms = replace(SOON, on_alarm="rollback", snapshot_every=2)
     stage = replace(STAGE, alarms=alarms, eval_prompts=tiny.prompts)
     before = only("pretrain", "sft", "preferences", "reward_model", rolled_back=stage)
-    with quick_compilation(), one_device():
+    with one_device():
         return folders(run(before, one_device_runs, console=QUIET))["rolled_back"]
 
 

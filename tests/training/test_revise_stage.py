@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
+from tiny_runs import QUIET, folders, jsonl, one_device, only
 
 from jrlhf.config import MeshConfig, Source, StageRows, UserError, from_dict, to_dict
 from jrlhf.data.mixture import Mixture
@@ -93,7 +93,7 @@ def left(one_device_runs, two):
         "biased": PrincipleLabels(preferences="preferences", principles=LARDER, by=FirstPlace(), soft=False),
     }  # fmt: skip
     experiment = only("pretrain", "sft", "preferences", **stages)
-    with quick_compilation(), one_device():
+    with one_device():
         return folders(run(experiment, one_device_runs, console=QUIET))
 
 

@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import tiny
 from rich.console import Console
-from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
+from tiny_runs import QUIET, best_of_two, folders, jsonl, one_device, only, rloo, some_answers
 
-from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import MeshConfig, UserError
-from jrlhf.data.batching import encode_prompt
 from jrlhf.experiment import Experiment, fingerprint, run
 from jrlhf.rewards.verifiers import Number
 from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import load_model
-from jrlhf.training.evaluation import Sampler, score
+from jrlhf.training.evaluation import score
 from jrlhf.training.rewards import (
     REWARDS,
     checked,
@@ -25,9 +22,8 @@ from jrlhf.training.rewards import (
     group_numbers,
     make_reward,
     on_host_scores,
-    read_texts,
 )
-from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, Part, RewardMix, Verifier
+from jrlhf.training.stages import Evaluate, Part, RewardMix, Verifier
 from jrlhf.types import Scores
 
 LENGTHS = Part("words", weight=0.5)
@@ -66,19 +62,8 @@ def left(one_device_runs):
         "signed": RewardMix(parts={"ends": Part("ended"), "learned": Part("reward_model")}, how="product"),
         "grouped": RewardMix(parts={"A": Part("larder_gold_A"), "B": Part("larder_gold_B")}, how="by_group"),
         "nested": RewardMix(parts={"inner": Part("sum"), "gold": Part("larder_gold")}),
-        "rloo": OnPolicy(
-            start="sft",
-            reward="sum",
-            gold="gated",
-            prompts=tiny.prompts,
-            algorithm=RLOOConfig(group_size=4),
-            sampling=tiny.answers,
-            optim=tiny.adam,
-            loop=tiny.loop(2),
-        ),
-        "best": BestOfN(
-            start="sft", reward="sum", gold="gated", prompts=tiny.prompts, samples=2, sampling=tiny.answers
-        ),
+        "rloo": rloo("sum", "gated"),
+        "best": best_of_two("sum", "gated"),
         "compared": Evaluate(
             policies=("sft", "rloo"),
             gold="gated",
@@ -88,7 +73,7 @@ def left(one_device_runs):
             sampling=tiny.answers,
         ),
     }
-    with quick_compilation(), one_device():
+    with one_device():
         kept = only("pretrain", "sft", "preferences", "reward_model", **stages)
         return folders(run(kept, one_device_runs, console=QUIET))
 
@@ -97,13 +82,8 @@ def left(one_device_runs):
 def said(left):
     """said(reward) -> Scores of the start policy's answers; and the texts."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    policy = load_model(left["sft"], mesh)
     rows = [{**row, "group": "AB"[i % 2]} for i, row in enumerate(tiny.prompts.rows())]
-    ids = [encode_prompt(row, policy.tokenizer, 20).tolist() for row in rows]
-    samples = Sampler(policy.model, policy.tokenizer, mesh, tiny.answers, 20).sample(
-        policy.params, ids, jax.random.key(5)
-    )
-    texts = read_texts(samples, rows, policy.tokenizer)
+    policy, _, samples, texts = some_answers(left["sft"], mesh, rows)
 
     def ask(name, texts=texts):
         reward = make_reward(name, left, mesh, policy.tokenizer)

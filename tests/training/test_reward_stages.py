@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only, quick_compilation
+from tiny_runs import QUIET, best_of_two, folders, one_device, only, some_answers
 
 from jrlhf.algorithms.reward_model import RewardModelConfig, preference_scores
 from jrlhf.checkpoint import load_meta
 from jrlhf.config import MeshConfig, UserError
-from jrlhf.data.batching import encode_prompt, encode_steps
+from jrlhf.data.batching import encode_steps
 from jrlhf.data.sources import FileSource
 from jrlhf.experiment import run
 from jrlhf.models.config import LoRAConfig
@@ -22,12 +22,11 @@ from jrlhf.rewards.judges import check_template, fill
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.data import bootstrap_weights
-from jrlhf.training.evaluation import Sampler, score
+from jrlhf.training.evaluation import score
 from jrlhf.training.judging import JudgeReward, LocalJudge, step_ends, verdict_ids
-from jrlhf.training.rewards import make_reward, process_reward, read_texts
+from jrlhf.training.rewards import make_reward, process_reward
 from jrlhf.training.serve import export
 from jrlhf.training.stages import (
-    BestOfN,
     Judge,
     ProcessRewardModel,
     RewardEnsemble,
@@ -82,30 +81,16 @@ def left(one_device_runs, tmp_path_factory):
             loop=tiny.loop(2),
             optim=tiny.adam,
         ),
-        "best": BestOfN(
-            start="sft",
-            reward="worst",
-            gold="larder_gold",
-            prompts=tiny.prompts,
-            samples=2,
-            sampling=tiny.answers,
-        ),
+        "best": best_of_two("worst", "larder_gold"),
     }
-    with quick_compilation(), one_device():
+    with one_device():
         kept = only("pretrain", "sft", "preferences", **stages)
         return folders(run(kept, one_device_runs, console=QUIET))
 
 
 @pytest.fixture(scope="module")
 def answers(left, mesh):
-    """The start policy with its answers: (loaded, prompts' rows, rollout, texts)."""
-    policy = load_model(left["sft"], mesh)
-    rows = list(tiny.prompts.rows())
-    ids = [encode_prompt(row, policy.tokenizer, 20).tolist() for row in rows]
-    samples = Sampler(policy.model, policy.tokenizer, mesh, tiny.answers, 20).sample(
-        policy.params, ids, jax.random.key(5)
-    )
-    return policy, rows, samples, read_texts(samples, rows, policy.tokenizer)
+    return some_answers(left["sft"], mesh)
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, jsonl, one_device, only, quick_compilation
+from tiny_runs import QUIET, best_of_two, folders, jsonl, one_device, only, rloo
 
 from jrlhf.algorithms.reward_model import RewardModelConfig
-from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import MeshConfig, UserError, from_dict, to_dict
 from jrlhf.experiment import Experiment, fingerprint, run
 from jrlhf.metrics import check_name
@@ -21,7 +20,7 @@ from jrlhf.rewards.rubrics import load_rubric
 from jrlhf.sharding import make_mesh
 from jrlhf.training.lab_judges import LarderJudge
 from jrlhf.training.rewards import Texts, make_reward, score_metrics
-from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, RewardModel, RubricLabels, RubricReward
+from jrlhf.training.stages import Evaluate, RewardModel, RubricLabels, RubricReward
 from jrlhf.training.stages import rubric as rubric_module
 
 LARDER = str(Path(__file__).parents[2] / "experiments" / "larder" / "rubric.toml")
@@ -66,24 +65,8 @@ def left(one_device_runs, local_file):
             algorithm=RewardModelConfig(criteria=("helpful", "hazard"), overall=False),
             weights={"helpful": 1.0, "hazard": -1.0},
         ),
-        "rloo": OnPolicy(
-            start="sft",
-            reward="rubric",
-            gold="larder_gold",
-            prompts=tiny.prompts,
-            algorithm=RLOOConfig(group_size=4),
-            sampling=tiny.answers,
-            optim=tiny.adam,
-            loop=tiny.loop(2),
-        ),
-        "best": BestOfN(
-            start="sft",
-            reward="rubric",
-            gold="larder_gold",
-            prompts=tiny.prompts,
-            samples=2,
-            sampling=tiny.answers,
-        ),
+        "rloo": rloo("rubric", "larder_gold"),
+        "best": best_of_two("rubric", "larder_gold"),
         "compared": Evaluate(
             policies=("sft", "rloo"),
             gold="rubric",
@@ -92,7 +75,7 @@ def left(one_device_runs, local_file):
             sampling=tiny.answers,
         ),
     }
-    with quick_compilation(), one_device(), pytest.MonkeyPatch.context() as patch:
+    with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(rubric_module, "AT_ONCE", 10)  # rows, so that labelling takes several rounds
         return folders(run(only("pretrain", "sft", "preferences", **stages), one_device_runs, console=QUIET))
 

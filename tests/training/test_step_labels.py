@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import fake_params
-from tiny_runs import QUIET, folders, one_device, quick_compilation
+from tiny_runs import QUIET, folders, one_device
 
 from jrlhf.algorithms.dr_grpo import DrGRPOConfig
 from jrlhf.algorithms.ppo import PPOConfig
@@ -220,7 +220,7 @@ STAGES = {
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     """{stage: folder} of the experiment."""
-    with quick_compilation(), one_device():
+    with one_device():
         experiment = Experiment(name="steps", stages=STAGES)
         return folders(run(experiment, tmp_path_factory.mktemp("steps") / "runs", console=QUIET))
 
@@ -254,13 +254,12 @@ def test_steps_are_labelled_by_what_comes_of_them(left):
 @pytest.fixture(scope="module")
 def answers(left, mesh):
     """(policy, rollout, texts) of a few answers, some in several steps."""
-    with quick_compilation():
-        policy = load_model(left["sft"], mesh)
-        rows = list(LABELS.prompts.rows())
-        ids = [policy.tokenizer.encode(row["prompt"]) for row in rows]
-        samples = Sampler(policy.model, policy.tokenizer, mesh, SHORT, 12).sample(
-            policy.params, ids, jax.random.key(5)
-        )
+    policy = load_model(left["sft"], mesh)
+    rows = list(LABELS.prompts.rows())
+    ids = [policy.tokenizer.encode(row["prompt"]) for row in rows]
+    samples = Sampler(policy.model, policy.tokenizer, mesh, SHORT, 12).sample(
+        policy.params, ids, jax.random.key(5)
+    )
     return policy, samples, read_texts(samples, rows, policy.tokenizer)
 
 

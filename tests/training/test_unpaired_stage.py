@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from rich.console import Console
-from tiny_runs import QUIET, evaluated, folders, one_device, only, quick_compilation, trained
+from tiny_runs import QUIET, evaluated, folders, one_device, only, trained
 
 from jrlhf.algorithms.bco import BCOConfig
 from jrlhf.algorithms.dpo import DPOConfig
@@ -130,7 +130,7 @@ def runs(one_device_runs):
         ),
     }  # fmt: skip
     before = only("pretrain", "sft", "preferences", **stages)
-    with quick_compilation(), one_device():
+    with one_device():
         return folders(run(before, one_device_runs, console=said)), said.file.getvalue()
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, one_device, only, quick_compilation, trained
+from tiny_runs import QUIET, best_of_two, folders, one_device, only, trained
 
 from jrlhf.algorithms.grpo import GRPOConfig
 from jrlhf.config import Stage, UserError, from_dict, load_stage, to_dict
@@ -19,7 +19,7 @@ from jrlhf.rewards.pool import CheckPool
 from jrlhf.rewards.programs import Program
 from jrlhf.rewards.verifiers import Number, Regex, Within
 from jrlhf.training.data import load_rows
-from jrlhf.training.stages import BestOfN, Evaluate, OnPolicy, Verifier
+from jrlhf.training.stages import Evaluate, OnPolicy, Verifier
 
 WORD = Regex(pattern=r"\bis\b")
 grpo = OnPolicy(
@@ -42,9 +42,7 @@ def left(one_device_runs):
         "strict": Verifier(Regex(pattern=r"(a+)+b"), right=2.0, wrong=-1.0, workers=1),
         "ppo": replace(tiny.experiment.stages["ppo"], reward="word", gold="strict", critic="policy"),
         "grpo": grpo,
-        "best": BestOfN(
-            start="sft", reward="word", prompts=tiny.prompts, samples=2, sampling=tiny.answers, gold="strict"
-        ),
+        "best": best_of_two("word", "strict"),
         "evaluate": Evaluate(
             policies=("sft", "grpo"),
             gold="word",
@@ -53,7 +51,7 @@ def left(one_device_runs):
             sampling=tiny.answers,
         ),
     }
-    with quick_compilation(), one_device():
+    with one_device():
         return folders(run(only("pretrain", "sft", **stages), one_device_runs, console=QUIET))
 
 

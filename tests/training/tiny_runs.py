@@ -4,29 +4,29 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import Mesh
 from rich.console import Console
 
+from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import MeshConfig
+from jrlhf.data.batching import encode_prompt
 from jrlhf.experiment import stage_folders
 from jrlhf.metrics import read_metrics
 from jrlhf.sharding import make_mesh
 from jrlhf.training import stages
+from jrlhf.training.artifacts import Loaded, load_model
+from jrlhf.training.evaluation import Sampler
+from jrlhf.training.rewards import Texts, read_texts
+from jrlhf.training.stages import OnPolicy
+from jrlhf.types import Rollout
 
 QUIET = Console(quiet=True)
-
-
-@contextmanager
-def quick_compilation():
-    """These models take longer to compile than to train: leave out what the compiler need not do."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def use_mesh(patch: pytest.MonkeyPatch, make) -> None:
@@ -51,6 +51,41 @@ def only(*names: str, **changed):
     """The tiny experiment with these stages, some of them changed."""
     kept = {name: tiny.experiment.stages[name] for name in names}
     return replace(tiny.experiment, stages=kept | changed)
+
+
+def rloo(reward: str, gold: str) -> OnPolicy:
+    return OnPolicy(
+        start="sft",
+        reward=reward,
+        gold=gold,
+        prompts=tiny.prompts,
+        algorithm=RLOOConfig(group_size=4),
+        sampling=tiny.answers,
+        optim=tiny.adam,
+        loop=tiny.loop(2),
+    )
+
+
+def best_of_two(reward: str, gold: str):
+    return replace(tiny.experiment.stages["best_of_n"], reward=reward, gold=gold, samples=2)
+
+
+class Answers(NamedTuple):
+    policy: Loaded
+    rows: list[dict]
+    samples: Rollout
+    texts: Texts
+
+
+def some_answers(folder: Path, mesh: Mesh, rows: list[dict] | None = None) -> Answers:
+    """Of the policy that a stage left in `folder`, one to each of the tiny experiment's prompts (or `rows`)."""
+    policy = load_model(folder, mesh)
+    rows = list(tiny.prompts.rows()) if rows is None else rows
+    ids = [encode_prompt(row, policy.tokenizer, 20).tolist() for row in rows]
+    samples = Sampler(policy.model, policy.tokenizer, mesh, tiny.answers, 20).sample(
+        policy.params, ids, jax.random.key(5)
+    )
+    return Answers(policy, rows, samples, read_texts(samples, rows, policy.tokenizer))
 
 
 def folders(run_folder: Path, seed: str = "0") -> dict[str, Path]:

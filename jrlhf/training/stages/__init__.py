@@ -37,6 +37,7 @@ from jrlhf.training.stages.reward_ensemble import RewardEnsemble
 from jrlhf.training.stages.reward_mix import Part, RewardMix
 from jrlhf.training.stages.reward_model import RewardModel
 from jrlhf.training.stages.rubric import RubricLabels, RubricReward
+from jrlhf.training.stages.shaped import Shaped
 from jrlhf.training.stages.solve_rate import SolveRate
 from jrlhf.training.stages.step_labels import StepLabels
 from jrlhf.training.stages.unpaired import UnpairedAlignment
@@ -74,6 +75,7 @@ __all__ = [
     "SelectDemonstrations",
     "SelectPreferences",
     "SelfInstruct",
+    "Shaped",
     "SolveRate",
     "StepLabels",
     "StepReward",

@@ -167,6 +167,7 @@ class Sampled(NamedTuple):
     """Answers of a policy, `n` to each prompt in consecutive rows, on the host."""
 
     rows: list[dict]  # of the prompts
+    ids: list[list[int]]  # of the prompts
     samples: Rollout
     texts: Texts
 
@@ -179,9 +180,8 @@ def sample_answers(stage: Any, policy: Loaded, ctx: StageContext, n: int) -> Sam
     repeated = [row for row in ids for _ in range(n)]
     with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
         samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
-    return Sampled(
-        rows, samples, read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
-    )
+    texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
+    return Sampled(rows, ids, samples, texts)
 
 
 class _Labelled:

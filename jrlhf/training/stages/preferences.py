@@ -90,7 +90,7 @@ class Preferences(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             loaded = load_model(ctx.parents[self.start], mesh)
-            rows, samples, texts = sample_answers(self, loaded, ctx, self.responses)
+            rows, _, samples, texts = sample_answers(self, loaded, ctx, self.responses)
             if self.reward:
                 reward = make_reward(self.reward, dict(ctx.parents), mesh, loaded.tokenizer)
                 scores = score(reward, samples, texts, mesh)

@@ -124,7 +124,7 @@ class RewardMix(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            _, samples, texts = sample_answers(self, policy, ctx, self.samples)
+            _, _, samples, texts = sample_answers(self, policy, ctx, self.samples)
             found = {}
             for name, part in self.parts.items():
                 reward = make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)

@@ -38,8 +38,8 @@ from jrlhf.training.stages.common import (
     TooLongPrompt,
     check_answers,
     check_reward,
+    sample_answers,
     start_config,
-    usable_prompts,
     write_text,
 )
 from jrlhf.training.stages.sizes import at_most, counted, sampling_plan, usable
@@ -98,23 +98,16 @@ class StepLabels(MeshStage):
         return counted(plan, rows, at_most(0), at_most(answers.n * every))
 
     def run(self, ctx: StageContext) -> dict:
-        mesh, key = make_mesh(ctx.mesh), stage_key(ctx)
+        mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
             tokenizer = policy.tokenizer
-            limit = self.max_prompt or policy.model.config.context - self.sampling.max_new_tokens
-            rows, ids = usable_prompts(
-                policy, self.prompts, limit, self.sampling, self.too_long, ctx, "prompts"
-            )
-            rows = [row for row in rows for _ in range(self.responses)]
-            ids = [row for row in ids for _ in range(self.responses)]
             outcome = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
 
             # 1. Answers, their outcomes, and where their steps end.
-            sampler = Sampler(policy.model, tokenizer, mesh, self.sampling, prompt_slots(ids))
-            with progress(ctx.console, len(ids), f"{ctx.name}: answers") as bar:
-                answers = sampler.sample(policy.params, ids, jax.random.fold_in(key, 0), bar.update)
-            texts = read_texts(answers, rows, tokenizer)
+            asked, prompt_ids, answers, texts = sample_answers(self, policy, ctx, self.responses)
+            rows = [row for row in asked for _ in range(self.responses)]
+            ids = [row for row in prompt_ids for _ in range(self.responses)]
             is_right = score(outcome, answers, texts, mesh) >= self.threshold
             ends = [step_ends(row, self.separator, tokenizer) for row in texts.ids]
             steps = [Prefix(n, end + 1) for n, places in enumerate(ends) for end in places]
@@ -129,7 +122,7 @@ class StepLabels(MeshStage):
                 with progress(ctx.console, len(repeated), f"{ctx.name}: continuations") as bar:
                     more = continued(
                         policy.model, policy.params, tokenizer, mesh, self.sampling, ids, answers, repeated,
-                        jax.random.fold_in(key, 1), bar.update,
+                        jax.random.fold_in(stage_key(ctx), 1), bar.update,
                     )  # fmt: skip
                 read = read_texts(more, [rows[step.answer] for step in repeated], tokenizer)
                 came_right = score(outcome, more, read, mesh).reshape(len(inner), -1) >= self.threshold
@@ -147,8 +140,8 @@ class StepLabels(MeshStage):
                 truth = make_reward(self.truth, dict(ctx.parents), mesh, tokenizer)
                 so_far = cut(answers, steps)
                 read = read_texts(so_far, [rows[step.answer] for step in steps], tokenizer)
-                asked = np.asarray([step.answer // self.responses for step in steps])
-                results |= against_truth(labels, score(truth, so_far, read, mesh) >= 0.5, asked)
+                prompts = np.asarray([step.answer // self.responses for step in steps])
+                results |= against_truth(labels, score(truth, so_far, read, mesh) >= 0.5, prompts)
         of_answer = np.split(labels, np.cumsum([len(places) for places in ends])[:-1])
         lines = []
         for row, text, values in zip(rows, texts.completions, of_answer, strict=True):
