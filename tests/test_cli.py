@@ -226,7 +226,7 @@ MISTAKES = [
     ("run toy.py --name a/b", None, "name: 'a/b' cannot be a name"),
     ("run toy.py", ("experiment = Exp", "experimnt = Exp"), "toy.py: defines no `experiment = Exp"),
     ("run toy.py", ("lr=0.3)", "lr=0.3"), "error: toy.py:57: SyntaxError: "),
-    ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:56: CliTrain has no field 'lrr'. Did you mean 'lr'?"),
+    ("run toy.py", ("lr=0.3", "lrr=0.3"), "error: toy.py:57: CliTrain has no field 'lrr'. Did you mean 'lr'?"),
     ("run toy.py", ("lr=0.3", "lr='x'"), "toy.py.stages.ppo.lr: expected a float, got the string 'x'"),
     ("run toy.py", ("experiment = Experiment(", "experiment = dict("), "error: toy.py:56: TypeError: "),
     (
