@@ -293,6 +293,11 @@ class Verified:
         values = np.where(timed_out, np.float32(self.timed_out), values)
         return Scores(values, failed=failed, timed_out=timed_out)
 
+    def check_rows(self, rows: Sequence[dict]) -> None:
+        """UserError for a row that lacks what the check needs."""
+        for row in rows:
+            self.pool.check.reads(row)
+
 
 def _agreed(checked: Checked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the first host found, on all: an answer that is too slow on one host may be in time on another."""

@@ -287,7 +287,7 @@ class RubricScorer:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Scores:
         """[N] values; `parts` how far each criterion is met that all the answers have in common (explicit), `failed`
         where a verdict is missing."""
-        rubrics = [self.rubric_of(row, n) for n, row in enumerate(rows, 1)]
+        rubrics = self.check_rows(rows)
         if self.how == "holistic":
             met, failed = self._filled(self._marks(prompts, completions, rubrics))
             return Scores(met.astype(np.float32), failed=failed)
@@ -303,6 +303,10 @@ class RubricScorer:
             for name in shared
         }
         return Scores(np.asarray(values, np.float32), parts, failed=silent)
+
+    def check_rows(self, rows: Sequence[dict]) -> list[Rubric]:
+        """The rubric of each row; UserError where there is none."""
+        return [self.rubric_of(row, n) for n, row in enumerate(rows, 1)]
 
     def rubric_of(self, row: dict, n: int) -> Rubric:
         where = f"reward {self.name!r}: prompt {n}: rubric"

@@ -187,18 +187,20 @@ class JudgeReward:
             said = checked(self.judge.verdicts(texts, self.verdicts), len(texts), self.verdicts, self.name)
             values = self.values(said)
         else:
-            references = []
-            for n, row in enumerate(rows, 1):
-                if "answer" not in row:
-                    raise UserError(
-                        f"reward {self.name!r}: prompt {n} has no field 'answer', the reference with which a template "
-                        "of two answers compares"
-                    )
-                references.append(row["answer"])
-            values = self.compare(prompts, completions, references)
+            self.check_rows(rows)
+            values = self.compare(prompts, completions, [row["answer"] for row in rows])
         advice = "give the judge a `fallback`, the reward of such an answer"
         values, failed = filled(values, self.fallback, self.name, "answers", advice)
         return Scores(values.astype(np.float32), failed=failed)
+
+    def check_rows(self, rows: Sequence[dict]) -> None:
+        """UserError for a row without the reference with which a template of two answers compares."""
+        for n, row in enumerate(rows, 1):
+            if check_template(self.template) and "answer" not in row:
+                raise UserError(
+                    f"reward {self.name!r}: prompt {n} has no field 'answer', the reference with which a template "
+                    "of two answers compares"
+                )
 
     def compare(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
         """[N] float64: how much better answer a is than b, the mean of both orders."""

@@ -59,6 +59,10 @@ class Texts(NamedTuple):
     ids: list[list[int]]
 
 
+def any_row(rows: Sequence[dict]) -> None:
+    """The check of a reward that needs nothing of a prompt's row."""
+
+
 class Reward(NamedTuple):
     name: str
     needs_text: bool
@@ -66,6 +70,8 @@ class Reward(NamedTuple):
     on_host: bool = False  # it touches no device: several of these may be asked at once, in threads
     # Between these a learned reward scored 98% of the answers that it was trained on.
     trained_on: tuple[float, float] | None = None
+    # UserError for prompts' rows that lack what the reward reads, before anything is compiled for them.
+    check: Callable[[Sequence[dict]], None] = any_row
 
 
 def program_reward(name: str, field: str = "reward") -> RewardFn:
@@ -108,7 +114,7 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
             raise
         return checked(name, said if isinstance(said, Scores) else Scores(said), len(texts.prompts))
 
-    return Reward(name, True, score, on_host)
+    return Reward(name, True, score, on_host, check=getattr(function, "check_rows", any_row))
 
 
 def steps_reward(name: str, process: ProcessReward, tokenizer: Tokenizer) -> Reward:
@@ -292,7 +298,15 @@ def ensemble_reward(
             timed_out=either([s.timed_out for s in said]),
         )
 
-    return Reward(name, any(m.needs_text for m in members), score)
+    return Reward(name, any(m.needs_text for m in members), score, check=check_all(members))
+
+
+def check_all(rewards: Sequence[Reward]) -> Callable[[Sequence[dict]], None]:
+    def check(rows: Sequence[dict]) -> None:
+        for reward in rewards:
+            reward.check(rows)
+
+    return check
 
 
 def trained_range(meta: dict[str, Any]) -> tuple[float, float] | None:
@@ -317,7 +331,7 @@ def length_corrected_reward(
         values = without_length(said.total, rollout.response_mask, *how)
         return said._replace(values=values, tokens=None, parts={**said.parts, "uncorrected": said.total})
 
-    return Reward(name, reward.needs_text, score)
+    return Reward(name, reward.needs_text, score, check=reward.check)
 
 
 @jax.jit
@@ -352,7 +366,12 @@ def shaped_reward(
         values = shape_scores(fetch(said.total), of_prompts, noted["shape"])
         return said._replace(values=values, tokens=None, parts={**said.parts, "unshaped": said.total})
 
-    return Reward(name, True, score)
+    def check(rows: Sequence[dict]) -> None:
+        reward.check(rows)
+        for row in rows:
+            references(row)
+
+    return Reward(name, True, score, check=check)
 
 
 def reference_key(row: dict) -> str:
@@ -426,6 +445,7 @@ def mixed_reward(
         noted_reward(part, said, folder, mesh, tokenizer, base) for part, said in noted["parts"].items()
     ]
     how, rules = noted["how"], list(noted["parts"].values())
+    names = [r.name for r in rewards]
     column = lambda key, none=0.0: np.asarray(  # noqa: E731
         [none if rule[key] is None else rule[key] for rule in rules], np.float32
     )
@@ -438,7 +458,7 @@ def mixed_reward(
         chosen = None
         if how == "by_group":
             assert texts is not None
-            chosen = group_numbers(name, [r.name for r in rewards], texts.rows)
+            chosen = group_numbers(name, names, texts.rows)
         if how == "product":
             for reward, some in zip(rewards, values, strict=True):
                 if np.min(fetch(some)) < 0:
@@ -458,7 +478,12 @@ def mixed_reward(
             },
         )
 
-    return Reward(name, reads_text, score)
+    def check(rows: Sequence[dict]) -> None:
+        check_all(rewards)(rows)
+        if how == "by_group":
+            group_numbers(name, names, rows)
+
+    return Reward(name, reads_text, score, check=check)
 
 
 def group_numbers(name: str, parts: Sequence[str], rows: Sequence[dict]) -> np.ndarray:
@@ -466,7 +491,7 @@ def group_numbers(name: str, parts: Sequence[str], rows: Sequence[dict]) -> np.n
     for n, row in enumerate(rows, 1):
         if row.get("group") not in parts:
             raise UserError(
-                f"reward {name!r} goes by group: answer {n} is to a prompt with group {row.get('group')!r}."
+                f"reward {name!r} goes by group: prompt {n} has the group {row.get('group')!r}."
                 f"{did_you_mean(str(row.get('group')), parts)}"
             )
     return np.asarray([parts.index(row["group"]) for row in rows], np.int32)

@@ -14,7 +14,8 @@ from jrlhf.config import MeshConfig, UserError
 from jrlhf.experiment import Experiment, fingerprint, run
 from jrlhf.rewards.verifiers import Number
 from jrlhf.sharding import make_mesh
-from jrlhf.training.evaluation import score
+from jrlhf.training import online
+from jrlhf.training.evaluation import Sampler, score
 from jrlhf.training.rewards import (
     REWARDS,
     checked,
@@ -135,7 +136,7 @@ def test_a_gate_and_groups_read_the_answers(said):
     a, b = ask("larder_gold_A").values, ask("larder_gold_B").values
     np.testing.assert_allclose(ask("grouped").values, np.where(np.arange(len(a)) % 2, b, a), atol=1e-6)
     nameless = texts._replace(rows=[{**row, "group": "a"} for row in texts.rows])
-    with pytest.raises(UserError, match=r"answer 1 is to a prompt with group 'a'. Known: A, B"):
+    with pytest.raises(UserError, match=r"prompt 1 has the group 'a'. Known: A, B"):
         ask("grouped", nameless)
     with pytest.raises(UserError, match="only rewards that are never negative"):
         ask("signed")
@@ -227,3 +228,25 @@ def test_mistakes_are_told_before_anything_runs(change, message):
     mix = RewardMix(parts={"a": LENGTHS, "b": Part("larder_gold")})
     with pytest.raises(UserError, match=message):
         replace(mix, **change).validate(tiny.experiment.stages)
+
+
+@pytest.mark.parametrize("what", ["rloo", "best", "compared"])
+def test_prompts_that_lack_what_a_reward_reads_are_told_before_anything_is_sampled(
+    left, one_device_runs, monkeypatch, what
+):
+    """A mix by group inside another reward: the prompts have no group."""
+
+    def sampled(*_, **__):
+        raise AssertionError("answers were sampled")
+
+    monkeypatch.setattr(Sampler, "sample", sampled)
+    monkeypatch.setattr(online, "rollout", sampled)
+    by_group = RewardMix(parts={"A": Part("larder_gold_A"), "B": Part("larder_gold_B")}, how="by_group")
+    inside = RewardMix(parts={"inner": Part("grouped"), "gold": Part("larder_gold")})
+    evaluation = Evaluate(
+        policies=("sft",), gold="inside", prompts={"main": tiny.prompts}, sampling=tiny.answers
+    )
+    readers = {"rloo": rloo("inside", ""), "best": best_of_two("inside", ""), "compared": evaluation}
+    stages = {"grouped": by_group, "inside": inside, what: readers[what]}
+    with one_device(), pytest.raises(UserError, match="'inner' goes by group: prompt 1 has the group None"):
+        run(only("pretrain", "sft", **stages), one_device_runs, console=QUIET)

@@ -73,9 +73,9 @@ class BestOfN(MeshStage):
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
             n = self.samples
-            rows, _, samples, texts = sample_answers(self, policy, ctx, n)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
             gold = make_reward(self.gold, dict(ctx.parents), mesh, policy.tokenizer) if self.gold else reward
+            rows, _, samples, texts = sample_answers(self, policy, ctx, n, (reward, gold))
             by_prompt = lambda x: np.asarray(x, np.float64).reshape(len(rows), n)  # noqa: E731
             scores = on_host_scores(reward, samples, texts, mesh)
             values = {

@@ -1,6 +1,6 @@
 """What the stages share: their bases, checks at config time, prompts that fit, small files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -26,7 +26,7 @@ from jrlhf.training.artifacts import Loaded
 from jrlhf.training.data import prompt_ids
 from jrlhf.training.evaluation import Sampler, prompt_slots
 from jrlhf.training.loop import LoopConfig, stage_key
-from jrlhf.training.rewards import REWARDS, Texts, read_texts
+from jrlhf.training.rewards import REWARDS, Reward, Texts, check_all, read_texts
 from jrlhf.types import Rollout
 
 TooLong = Literal["error", "drop", "truncate"]
@@ -172,10 +172,14 @@ class Sampled(NamedTuple):
     texts: Texts
 
 
-def sample_answers(stage: Any, policy: Loaded, ctx: StageContext, n: int) -> Sampled:
-    """`n` answers to each of the stage's `prompts`, by its `sampling`, `max_prompt` and `too_long`."""
+def sample_answers(
+    stage: Any, policy: Loaded, ctx: StageContext, n: int, rewards: Sequence[Reward] = ()
+) -> Sampled:
+    """`n` answers to each of the stage's `prompts`, by its `sampling`, `max_prompt` and `too_long`. rewards: those that
+    will read the prompts' rows; UserError before anything is sampled where one cannot."""
     limit = stage.max_prompt or policy.model.config.context - stage.sampling.max_new_tokens
     rows, ids = usable_prompts(policy, stage.prompts, limit, stage.sampling, stage.too_long, ctx, "prompts")
+    check_all(rewards)(rows)
     sampler = Sampler(policy.model, policy.tokenizer, make_mesh(ctx.mesh), stage.sampling, prompt_slots(ids))
     repeated = [row for row in ids for _ in range(n)]
     with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:

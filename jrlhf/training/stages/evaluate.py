@@ -31,7 +31,15 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, load_model, model_meta
 from jrlhf.training.evaluation import Sampler, Scorer, prompt_slots, score
 from jrlhf.training.loop import stage_key
-from jrlhf.training.rewards import Reward, Texts, fault_rates, make_reward, on_host_scores, read_texts
+from jrlhf.training.rewards import (
+    Reward,
+    Texts,
+    check_all,
+    fault_rates,
+    make_reward,
+    on_host_scores,
+    read_texts,
+)
 from jrlhf.training.stages.best_of_n import best_of_n_table
 from jrlhf.training.stages.common import (
     MeshStage,
@@ -114,6 +122,8 @@ class Evaluate(MeshStage):
             groups = {
                 name: make_reward(name, dict(ctx.parents), mesh, base.tokenizer) for name in self.groups
             }
+            for rows, _ in splits.values():
+                check_all([gold, *groups.values(), *([proxy] if proxy else [])])(rows)
             measured: dict[str, dict] = {}
             criteria: dict[str, dict] = {}
             kept = {}

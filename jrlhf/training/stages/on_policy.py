@@ -23,7 +23,7 @@ from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
 from jrlhf.training.monitors import Alarms, Monitor
 from jrlhf.training.online import train_online
-from jrlhf.training.rewards import make_reward
+from jrlhf.training.rewards import check_all, make_reward
 from jrlhf.training.stages.common import (
     FineTuningStage,
     ModelStage,
@@ -155,6 +155,9 @@ class RolloutStage(FineTuningStage):
             shared = (ctx.parents[self.start], policy) if self.lora.rank else None
             reward = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer, shared)
             watch = [make_reward(name, dict(ctx.parents), mesh, tokenizer) for name in self.watched]
+
+            for some in (rows, eval_rows):
+                check_all([reward, *watch])(some)
 
             slots = prompt_slots(ids, eval_ids)
             sampler = Sampler(model, tokenizer, mesh, self.sampling, slots)

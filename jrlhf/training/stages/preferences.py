@@ -90,9 +90,12 @@ class Preferences(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             loaded = load_model(ctx.parents[self.start], mesh)
-            rows, _, samples, texts = sample_answers(self, loaded, ctx, self.responses)
+            reward = None
             if self.reward:
                 reward = make_reward(self.reward, dict(ctx.parents), mesh, loaded.tokenizer)
+            asks = () if reward is None else (reward,)
+            rows, _, samples, texts = sample_answers(self, loaded, ctx, self.responses, asks)
+            if reward is not None:
                 scores = score(reward, samples, texts, mesh)
         k = self.responses
         groups = [texts.completions[i : i + k] for i in range(0, len(texts.completions), k)]

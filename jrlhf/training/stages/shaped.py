@@ -75,8 +75,8 @@ class Shaped(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            rows, _, samples, texts = sample_answers(self, policy, ctx, self.samples)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
+            rows, _, samples, texts = sample_answers(self, policy, ctx, self.samples, (reward,))
             said = on_host_scores(reward, samples, texts, mesh)
         scores = np.asarray(said.total, np.float64).reshape(len(rows), self.samples)
         of_prompt: dict[str, list[float]] = {}

@@ -79,8 +79,8 @@ class ScoredAnswers(MeshStage):
         mesh, n = make_mesh(ctx.mesh), self.samples
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            rows, _, samples, texts = sample_answers(self, policy, ctx, n)
             reward = make_reward(self.reward, dict(ctx.parents), mesh, policy.tokenizer)
+            rows, _, samples, texts = sample_answers(self, policy, ctx, n, (reward,))
             values = np.asarray(score(reward, samples, texts, mesh), np.float64)
         return Answered(rows, texts, values.reshape(-1, n), np.asarray(samples.ended).reshape(-1, n))
 

@@ -105,7 +105,7 @@ class StepLabels(MeshStage):
             outcome = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
 
             # 1. Answers, their outcomes, and where their steps end.
-            asked, prompt_ids, answers, texts = sample_answers(self, policy, ctx, self.responses)
+            asked, prompt_ids, answers, texts = sample_answers(self, policy, ctx, self.responses, (outcome,))
             rows = [row for row in asked for _ in range(self.responses)]
             ids = [row for row in prompt_ids for _ in range(self.responses)]
             is_right = score(outcome, answers, texts, mesh) >= self.threshold
