@@ -74,9 +74,9 @@ class Experiment:
     name: str
     stages: dict[str, Stage]
     seeds: tuple[int, ...] = (0,)
-    seed_from: str = ""
-    """The first stage whose seed varies: it and what depends on it run once per seed, every other stage once
-    with seeds[0]. Empty: every stage runs once per seed."""
+    seed_from: str | tuple[str, ...] = ""
+    """The first stage whose seed varies, or several: it and what depends on it run once per seed, every other stage
+    once with seeds[0]. Empty: every stage runs once per seed."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -221,10 +221,9 @@ def check(experiment: Experiment) -> list[str]:
         raise UserError(f"seeds: expected distinct seeds, at least one, got {experiment.seeds}")
     if min(experiment.seeds) < 0 or max(experiment.seeds) >= 2**31:
         raise UserError(f"seeds: must be in [0, 2^31), got {experiment.seeds}")
-    if experiment.seed_from and experiment.seed_from not in stages:
-        raise UserError(
-            f"seed_from: {experiment.seed_from!r} is not a stage.{did_you_mean(experiment.seed_from, known)}"
-        )
+    for name in first_seeded(experiment):
+        if name not in stages:
+            raise UserError(f"seed_from: {name!r} is not a stage.{did_you_mean(name, known)}")
     for name, stage in stages.items():
         for ref in stage.references():
             if ref.name not in stages and not ref.optional:
@@ -290,13 +289,19 @@ def dependants(experiment: Experiment, names: tuple[str, ...]) -> set[str]:
     return found
 
 
+def first_seeded(experiment: Experiment) -> tuple[str, ...]:
+    """The stages that `seed_from` names."""
+    given = experiment.seed_from
+    return given if isinstance(given, tuple) else (given,) if given else ()
+
+
 # --- fingerprints -------------------------------------------------------------------------------------------
 
 
 def tasks(experiment: Experiment, runs_dir: Path) -> list[Task]:
     """Every (stage, seed) once, parents first, seed by seed. Hashes the local files that stages read."""
     order = check(experiment)
-    varying = dependants(experiment, (experiment.seed_from,)) if experiment.seed_from else set(order)
+    varying = dependants(experiment, first) if (first := first_seeded(experiment)) else set(order)
     made: dict[tuple[str, int], Task] = {}
     for run_seed in experiment.seeds:
         for name in order:

@@ -175,6 +175,7 @@ BAD_GRAPHS = [
     (graph(**{"": ToyTrain()}), "stages: '' cannot be a stage's name"),
     (graph(name="a b"), "name: 'a b' cannot be a name"),
     (graph(seed_from="pppo"), "seed_from: 'pppo' is not a stage. Did you mean 'ppo'?"),
+    (graph(seed_from=("sft", "pppo")), "seed_from: 'pppo' is not a stage. Did you mean 'ppo'?"),
     (graph(seeds=()), "seeds: expected distinct seeds"),
     (graph(seeds=(1, 1)), "seeds: expected distinct seeds"),
     (graph(seeds=(-1,)), "seeds: must be in [0, 2^31)"),
@@ -347,6 +348,12 @@ def test_seed_from_varies_it_and_its_dependants_only(tmp_path):
         sft, rm = (1 + 3) + 2 + seed, (1 + 3) + 3 + 3
         assert results["ppo"][str(seed)]["value"] == 4 + seed + sft + rm
     assert ran(go(replace(experiment, seeds=(3, 9)), tmp_path)) == {"sft/9", "ppo/9"}
+
+
+def test_seed_from_several_stages(tmp_path):
+    """`ppo` meets a reward model of its own seed only where that varies too."""
+    said = go(graph(seeds=(3, 5), seed_from=("sft", "rm")), tmp_path)
+    assert set(said) == {"base/3", *(f"{n}/{s}" for n in ("sft", "rm", "ppo") for s in (3, 5))}
 
 
 # --- what is left on disk -----------------------------------------------------------------------------------

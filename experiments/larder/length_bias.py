@@ -3,7 +3,7 @@
 The labels pay `length_bias` for every word, whatever it says. Three arms differ in their reward alone: from clean
 labels, from biased ones, and from the biased ones corrected for length.
 
-Command    jrlhf run experiments/larder/length_bias.py --seeds 0 1 2 3 4 --seed_from preferences
+Command    jrlhf run experiments/larder/length_bias.py --seeds 0 1 2 3 4 --seed_from preferences biased_preferences
 Hardware   two CPU cores, 3 GiB of memory
 Time       about 25 minutes with five seeds
 Expected   from biased labels at least twice the length, and gold below SFT's; an alarm before gold has fallen by a
