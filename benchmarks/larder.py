@@ -1,4 +1,4 @@
-"""What must show on Larder (claims B1, B3 to B7 and B9), from finished runs to numbers and pictures.
+"""What must show on Larder (claims B1, B3 to B7, B9 and B10), from finished runs to numbers and pictures.
 
     python benchmarks/larder.py collect B3 runs/larder-best-of-n-...    reads the run, writes benchmarks/larder/B3.json
     python benchmarks/larder.py table                                   prints the table of docs/lab.md
@@ -253,7 +253,46 @@ def b9(seeds: dict) -> dict:
     }
 
 
-CLAIMS = {"B1": b1, "B3": b3, "B4": b4, "B5": b5, "B6": b6, "B7": b7, "B9": b9}
+def b10(seeds: dict) -> dict:
+    """Labellers of two groups: pooled, each loses some of its own gold; who learns of the groups recovers it."""
+    final = {seed: evaluated(left["evaluate"]) for seed, left in seeds.items()}
+    arms = [name for name in next(iter(final.values())) if name.startswith("ppo_")]
+    of = lambda arm, group: np.array(  # noqa: E731
+        [final[seed][arm]["groups"][f"larder_gold_{group}"] for seed in seeds]
+    )
+    told = lambda model, group: np.array(  # noqa: E731
+        [group_accuracy(left[model], group) for left in seeds.values()]
+    )
+    worst = {arm: np.minimum(of(arm, "A"), of(arm, "B")) for arm in ("sft", *arms)}
+    parts = {}
+    for group in "AB":
+        better = told(f"rm_{group}", group) - told("reward_model", group)
+        parts[f"{group}: held-out accuracy of its own model less the pooled one's"] = part(
+            better, at_least=0.0
+        )
+    for group in "AB":
+        lost = of(f"ppo_{group}", group) - of("ppo_pooled", group)
+        parts[f"{group}: gold of its own policy less the pooled one's"] = part(lost, at_least=0.0)
+    apart = [told_apart(left["rm_mixture"]) for left in seeds.values()]
+    parts["labellers that the mixture puts with their group"] = part(apart)
+    for_both = [arm for arm in arms if arm not in ("ppo_pooled", "ppo_A", "ppo_B")]
+    for arm in for_both:
+        parts[f"worse-off group: gold of {arm} less the pooled one's"] = part(
+            worst[arm] - worst["ppo_pooled"]
+        )
+    best = max(for_both, key=lambda arm: worst[arm].mean())
+    parts["worse-off group: the best of these"] = part(worst[best] - worst["ppo_pooled"], at_least=0.0)
+    return {
+        "curves": {},
+        "final": {
+            arm: {group: part(of(arm, group)) for group in "AB"} | {"worst": part(values)}
+            for arm, values in worst.items()
+        },
+        "parts": parts,
+    }
+
+
+CLAIMS = {"B1": b1, "B3": b3, "B4": b4, "B5": b5, "B6": b6, "B7": b7, "B9": b9, "B10": b10}
 
 
 # --- reading runs -----------------------------------------------------------------------------------------------
@@ -286,6 +325,23 @@ def warning(folder: Path) -> int:
 
 def result(folder: Path, name: str) -> Any:
     return json.loads((folder / "done.json").read_text())["results"].get(name)
+
+
+def group_accuracy(folder: Path, group: str) -> float:
+    """Of a reward model on the held-out pairs of a group's labellers."""
+    told = [
+        of for who, of in result(folder, "held_out_accuracy_of_labelers").items() if who.startswith(group)
+    ]
+    return float(np.average([of["accuracy"] for of in told], weights=[of["pairs"] for of in told]))
+
+
+def told_apart(folder: Path) -> float:
+    """The share of labellers whom a mixture of two puts with their group, whichever type is called the first."""
+    is_first = [
+        (who[0] == "A", types[0] > 0.5) for who, types in result(folder, "types")["of_raters"].items()
+    ]
+    right = float(np.mean([is_a == first for is_a, first in is_first]))
+    return max(right, 1.0 - right)
 
 
 def evaluated(folder: Path) -> dict[str, dict[str, float]]:

@@ -26,6 +26,9 @@ class Name(NamedTuple):
     meaning: str
 
 
+# reward/<name>/mean that the driver logs of every reward: no part of a reward can be called so.
+DRIVER_REWARDS = ("total", "score", "sampled", "greedy", "tokens")
+
 # Every metric there is, one name for one thing. `<…>` stands for one word, `*` for anything.
 NAMES: dict[str, Name] = {
     "train/loss": Name("", "the loss that is differentiated, mean over the global batch"),

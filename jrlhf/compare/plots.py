@@ -25,6 +25,7 @@ from jrlhf.compare.evaluations import Policy
 from jrlhf.compare.runs import Stage
 from jrlhf.compare.statistics import Interval, not_dominated
 from jrlhf.compare.summary import Row, Summary, limits, listed, number, signed
+from jrlhf.metrics import DRIVER_REWARDS
 
 PAPER, INK, MUTED, RULE = "#ffffff", "#1b1f24", "#5f6670", "#d8dce1"
 BASELINE = "#747b85"
@@ -336,10 +337,6 @@ def _comparable(spans: Sequence[tuple[float, float]]) -> bool:
     return whole == 0 or min(high - low for low, high in spans) / whole > 0.25
 
 
-# Of reward/<name>/mean, what the driver logs of every reward.
-NO_PARTS = ("total", "score", "sampled", "greedy", "tokens")
-
-
 def reward_parts(summary: Summary, looks: dict[str, Look]) -> Figure:
     """For each policy trained on its own samples: the criteria or other parts of its rewards, against the update."""
     title = "Parts of the reward while training"
@@ -347,7 +344,7 @@ def reward_parts(summary: Summary, looks: dict[str, Look]) -> Figure:
     for label, _, seeds in _trained(summary, looks):
         config = seeds[0].config
         whole = {
-            *NO_PARTS,
+            *DRIVER_REWARDS,
             summary.reward_name,
             config.get("reward"),
             config.get("gold"),

@@ -12,6 +12,7 @@ from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.sft import sft_loss
 from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError, did_you_mean, stage_ref_or_name
 from jrlhf.data.curation import Curriculum
+from jrlhf.metrics import DRIVER_REWARDS
 from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
@@ -35,7 +36,6 @@ from jrlhf.training.stages.common import (
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import with_references
-from jrlhf.training.stages.reward_mix import TAKEN
 from jrlhf.training.stages.sizes import at_most, local_rows, trained_bytes, training_plan, usable
 from jrlhf.types import Algorithm
 
@@ -84,7 +84,7 @@ class RolloutStage(FineTuningStage):
         if {self.reward, self.gold} & {*self.watch} or len({*self.watch}) < len(self.watch):
             raise UserError(f"watch {self.watch}: name rewards other than reward and gold, each once")
         for name in self.watched:
-            if name in TAKEN:
+            if name in DRIVER_REWARDS:
                 raise UserError(
                     f"{name!r} cannot be watched by this name, for reward/{name}/mean is something else; give its "
                     "stage another"

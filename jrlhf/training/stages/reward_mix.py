@@ -18,6 +18,7 @@ from jrlhf.config import (
     stage_ref,
     stage_ref_or_name,
 )
+from jrlhf.metrics import DRIVER_REWARDS
 from jrlhf.ops.mixing import Mixing
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
@@ -34,8 +35,6 @@ from jrlhf.training.stages.common import (
 )
 from jrlhf.training.stages.sizes import sampling_plan, usable
 from jrlhf.types import Plan
-
-TAKEN = ("total", "score", "sampled", "greedy", "tokens")  # reward/<name>/mean of the driver's own
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class RewardMix(MeshStage):
         if len(self.parts) < 2:
             raise UserError(f"parts: a mix has at least 2, got {len(self.parts)}")
         for name, part in self.parts.items():
-            if "/" in name or name in TAKEN:
+            if "/" in name or name in DRIVER_REWARDS:
                 raise UserError(
                     f"parts: {name!r} cannot name a part, for reward/{name}/mean is something else"
                 )

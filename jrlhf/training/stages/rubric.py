@@ -25,7 +25,7 @@ from jrlhf.config import (
     to_dict,
 )
 from jrlhf.data.chat import prompt_text
-from jrlhf.metrics import progress
+from jrlhf.metrics import DRIVER_REWARDS, progress
 from jrlhf.rewards.endpoint import Endpoint
 from jrlhf.rewards.judges import Judge, Program
 from jrlhf.rewards.rubrics import (
@@ -44,7 +44,6 @@ from jrlhf.training.rewards import RUBRIC, checked
 from jrlhf.training.rubrics import rubric_scorer
 from jrlhf.training.stages.common import MeshStage, write_text
 from jrlhf.training.stages.preferences import check_one_of, preference_rows
-from jrlhf.training.stages.reward_mix import TAKEN
 from jrlhf.types import Scores
 
 AT_ONCE = 512  # rows between two looks at whether to stop
@@ -109,7 +108,7 @@ class RubricReward(AskingStage):
     def validate(self, stages):
         self.check_judge()
         for path in self._paths:
-            if taken := sorted({*load_rubric(path).names} & {*TAKEN}):
+            if taken := sorted({*load_rubric(path).names} & {*DRIVER_REWARDS}):
                 raise UserError(
                     f"{path}: {taken[0]!r} cannot name a criterion, for reward/{taken[0]}/mean is something else"
                 )
