@@ -46,6 +46,14 @@ def few_memory_maps():
         gc.collect()
 
 
+@pytest.fixture
+def optimised():
+    """For tests whose programs run for longer than they compile."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public sample data: $JRLHF_SHARED_DATA, or shared/data beside the repository."""

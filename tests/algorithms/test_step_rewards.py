@@ -296,6 +296,7 @@ def test_the_parts_add_up():
     assert float(exact.total_variation(paid, exact.optimum(WORLD))) > 0.3
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("config", "answers"),
     [

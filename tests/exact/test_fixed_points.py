@@ -27,6 +27,8 @@ from jrlhf.ops.preference_losses import (
 )
 from jrlhf.training.exact import all_pairs, minimise, pair_law, population_fixed_point
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WORLD = exact.make_world(11)
 SPACE = WORLD.space
 TOKENS, MASK = SPACE.all_sequences()

@@ -19,6 +19,8 @@ from jrlhf.ops.kl import kl_k1, kl_k2, kl_k3
 from jrlhf.ops.losses import ppo_policy_loss, value_loss
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WORLD = exact.make_world(11)
 SPACE = WORLD.space
 UPDATES, ANSWERS, LEARNING_RATE = 1500, 256, 0.02

@@ -37,6 +37,8 @@ from jrlhf.training.exact import (
 from jrlhf.types import Prompts
 
 SEEDS, UPDATES = 10, 1500
+pytestmark = pytest.mark.usefixtures("optimised")
+
 WORLD = exact.make_world(11)
 SMALL = exact.Space(2, 4)  # for the transformer
 
