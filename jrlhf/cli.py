@@ -298,10 +298,11 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
         raise UserError("--devices: XLA_FLAGS already sets --xla_force_host_platform_device_count; unset it")
     if devices is not None or not (forced or jax.config.jax_num_cpu_devices > 0):  # type: ignore[attr-defined]
         count = devices or min(2, os.cpu_count() or 1)
-        # XLA's threads wait inside collectives. As many threads as devices, its default on a small machine, all wait
-        # once a device has two collectives under way that need not follow one another: then nothing moves any more,
-        # and XLA aborts.
-        os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
+        if count > 2:
+            # XLA's threads wait inside collectives. Its default on a small machine, one for each device, is too few
+            # where collectives over several axes of the mesh are under way at once: all threads wait, nothing moves
+            # any more, and XLA aborts. Two devices have one axis, and more threads than cores only cost time.
+            os.environ.setdefault("PJRT_NPROC", str(max(4 * count, os.cpu_count() or 1)))
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # jax has started: within a program that calls `main`

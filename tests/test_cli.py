@@ -498,7 +498,7 @@ def test_a_fresh_process(file):
     done = jrlhf("run toy.py --seeds 0 --stages.ppo.act devices --devices 3")
     assert (done.returncode, done.stderr) == (0, "")
     told = results("toy")["ppo"]["0"]
-    # A device may wait in several collectives at once.
+    # Devices may wait in collectives over several axes at once.
     assert told.pop("threads") == max(12, os.cpu_count())
     assert told == {"devices": 3, "cache": str(Path("runs/.jax_cache").absolute())}
     (folder,) = Path("runs").glob("toy-*")
