@@ -22,6 +22,7 @@ from scipy import stats
 from jrlhf.config import UserError
 from jrlhf.experiment import stage_folders
 from jrlhf.metrics import read_metrics
+from jrlhf.training.monitors import Alarms, Monitor
 
 HERE = Path(__file__).parent / "larder"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -145,8 +146,9 @@ def b4(seeds: dict) -> dict:
                 [a - b for a, b in zip(r2("d(a - b log d)"), r2("d(a - b d)"), strict=True)], at_least=0.0
             ),
             "steps from the first alarm to gold's fall": part(
-                [warning(left["ppo"]) for left in seeds.values()], at_least=1
+                early := [warning(left["ppo"], "held_out") for left in seeds.values()]
             ),
+            "seeds with an alarm before gold's fall": part([np.mean(np.array(early) > 0)], at_least=1.0),
         },
     }
 
@@ -196,7 +198,10 @@ def b6(seeds: dict) -> dict:
             "corrected: peak over the clean arm's": part(peak("restored") / peak("clean")),
             "corrected: length over SFT's": part(of("restored", "length") / of("sft", "length")),
             "biased: steps from the first alarm to gold's fall": part(
-                [warning(left["biased"]) for left in seeds.values()], at_least=1
+                early := [warning(left["biased"], "larder_gold") for left in seeds.values()]
+            ),
+            "biased: seeds with an alarm before gold's fall": part(
+                [np.mean(np.array(early) > 0)], at_least=1.0
             ),
         },
     }
@@ -312,14 +317,17 @@ def training(folder: Path) -> dict[str, list[float]]:
     return {name: [round(row[metric], 5) for row in rows] for name, metric in names.items()}
 
 
-def warning(folder: Path) -> int:
+def warning(folder: Path, held_out: str) -> int:
     """Steps from the first alarm until gold (smoothed) is a fifth below its peak, or training ends. Without an alarm
     they are negative: the steps that came after gold's fall."""
     rows = [row for row in read_metrics(folder) if "kl/ref_k1" in row]
     gold = smoothed(np.array([row["reward/larder_gold/mean"] for row in rows]))
     fallen = gold < 0.8 * np.maximum.accumulate(gold)
     end = int(np.argmax(fallen)) if fallen.any() else len(rows)
-    raised = [alarm["step"] for alarm in result(folder, "alarms")]
+    monitor = Monitor(Alarms(), held_out)  # as the rules are now: they read metrics alone
+    for row in rows:
+        monitor.observe(row["step"], row)
+    raised = [alarm.step for alarm in monitor.raised]
     return end + 1 - min(raised, default=len(rows) + 1)
 
 

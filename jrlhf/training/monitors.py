@@ -41,7 +41,7 @@ class Alarms:
     held_out: float = 0.3
     kl: float = 0.0  # to the reference, nats per answer
     kl_per_token: float = 0.25  # to the reference, nats per token
-    length: float = 1.5  # mean length, times the start's
+    length: float = 1.5  # mean length, times that of the first batch: it may grow from the first update on
     repeats: float = 0.1  # repeat rate, more than the start's
     endless: float = 0.1  # share of answers that do not end, more than the start's
     entropy: float = 0.03  # raised below this share of the start's
@@ -99,7 +99,7 @@ RULES: dict[str, Rule] = {
     ),
     "length": Rule(
         (LENGTH,),
-        lambda seen: seen.growth(LENGTH),
+        lambda seen: seen.now[LENGTH] / seen.first[LENGTH],
         "read samples: if length itself is paid for, LengthCorrected or overlong_buffer take it out",
     ),
     "repeats": Rule(
@@ -135,11 +135,13 @@ class Seen:
 
     recent: dict[str, list[float]] = field(default_factory=dict)  # the last `window` values of each
     start: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)  # of the first batch, which the start policy wrote
     now: dict[str, float] = field(default_factory=dict)
     peak: tuple[float, float] | None = None  # the held-out reward at its best, and the reward itself there
 
     def add(self, metrics: Metrics, window: int) -> None:
         for name, value in metrics.items():
+            self.first.setdefault(name, float(value))
             recent = self.recent[name] = [*self.recent.get(name, []), float(value)][-window:]
             if len(recent) == window:
                 self.now[name] = sum(recent) / window

@@ -81,6 +81,12 @@ def test_nothing_is_said_of_a_run_that_only_gets_better():
     assert all(value == 0.0 for row in said for value in row.values())
 
 
+def test_length_is_held_against_the_first_batch():
+    """Answers that grow from the first update on: the mean over the first steps would hide it."""
+    monitor, _ = watch(steps(12, **{"rollout/len_mean": [10.0, 14.0, 17.0, 18.0]}), window=5)
+    assert [(alarm.rule, alarm.step) for alarm in monitor.raised] == [("length", 6)]  # 15.4 and 17 after 13.4
+
+
 # Five healthy steps, then for good: the mean over 2 steps passes at step 6 or 7, for the second time a step later.
 @pytest.mark.parametrize(
     ("rule", "metric", "before", "after", "step", "value"),
