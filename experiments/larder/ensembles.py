@@ -8,6 +8,7 @@ Command    jrlhf run experiments/larder/ensembles.py --seeds 0 1 2 3 4 --seed_fr
 Hardware   two CPU cores, 3 GiB of memory
 Time       about 25 minutes with five seeds
 Expected   gold falls from its peak to n = 256 by at most half as much with one of the two as with a single reward model
+Measured   five seeds: by 0.86 as much: members that share their labels share their errors (docs/lab.md)
 """
 
 from dataclasses import replace
