@@ -11,6 +11,9 @@ Time       about 15 minutes; pretraining and SFT are those of ppo_vs_dpo.py, and
 Expected   each group's own model predicts its held-out labels better than the pooled one does; the mixture's `types`
            tell A00 to A09 from B10 to B19 without being told; a policy for one group has less gold of the other; the
            policies for the worst-off group have at least the pooled one's gold of the worse-off group
+Measured   one seed: the mixture tells all 20 labellers apart, but the pooled policy has the most gold of either group
+           (A 1.19, B 1.23; worst of the mixture 1.17 and 1.19, others 0.89 to 1.15): with 4,000 prompts half of the
+           labels costs a group more than the other group's votes do
 """
 
 from dataclasses import replace
