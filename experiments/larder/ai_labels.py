@@ -55,8 +55,8 @@ experiment = Experiment(
         "marks": Judge(
             by=by, template=HOW_GOOD, verdicts=("1", "2", "3", "4", "5"), value="expected", fallback=0.0
         ),
-        "rlaif": base.stages["ppo"],
-        # A judge has no parameters to start a critic from.
+        # A judge has no parameters to start a critic from, so that both start it from the policy's.
+        "rlaif": replace(base.stages["ppo"], critic="policy"),
         "direct_rlaif": replace(base.stages["ppo"], reward="marks", critic="policy"),
         "evaluate": Evaluate(
             policies=("sft", "rlaif", "direct_rlaif"),

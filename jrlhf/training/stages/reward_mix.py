@@ -123,16 +123,20 @@ class RewardMix(MeshStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
-            _, _, samples, texts = sample_answers(self, policy, ctx, self.samples)
+            rewards = {
+                name: make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)
+                for name, part in self.parts.items()
+            }
+            asked = tuple(rewards.values())
+            _, _, samples, texts = sample_answers(self, policy, ctx, self.samples, asked)
             found = {}
-            for name, part in self.parts.items():
-                reward = make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)
+            for name, reward in rewards.items():
                 said = on_host_scores(reward, samples, texts, mesh)
                 fault_rates(reward.name, said, ctx.console)
                 values = np.asarray(said.total, np.float64)
                 if values.std() < 1e-6:
                     raise UserError(
-                        f"parts.{name}: {part.reward!r} gives every answer of {self.start!r} the same reward, "
+                        f"parts.{name}: {reward.name!r} gives every answer of {self.start!r} the same reward, "
                         f"{values[0]:g}, so that it cannot be normalised on them; leave start and prompts out, and "
                         "let weights make up for scales"
                     )
