@@ -1,64 +1,77 @@
-"""B10: whose values? Two groups of labellers who want different things; one reward model for all, or one for each.
+"""B10: whose values? Two groups of labellers who want opposite things; one reward model for all, or one for each.
 
-Group A weighs (helpful, harmless) by (1.3, 0.5), group B by (0.6, 1.6), and half of the labellers are of each. Pooled,
-their labels are the average of two peoples and nobody's wish. Reward models that are told the groups, or find them by
-themselves, are put together by their mean, by a vote, or by the group that is worst off (MaxMin-RLHF, Chakraborty et
-al. 2024); every policy is judged by the gold reward of either group.
+Group B weighs (helpful, harmless) by (0.6, 1.6): hazards are to be refused. Group C weighs them by (1.3, -0.6): it
+would rather hear about a hazard than be refused. Half of the labellers are of each. Pooled, their labels are the
+average of two peoples and nobody's wish. Reward models that are told the groups, or find them by themselves, serve each
+group its own policy, or one policy for both: by their mean, by a vote, or by the group that is worst off (MaxMin-RLHF,
+Chakraborty et al. 2024). Every policy is judged by the gold reward of either group, at about the same KL.
+
+Groups A (1.3, 0.5) and B disagree on the weight of two things that one answer can have both: PPO on the gold of A, of B
+or of both (beta 0.2, one seed) leaves A 1.37, 1.23 and 1.37, and B 1.28, 1.26 and 1.32. There is nothing to recover, so
+that they are not the groups here.
 
 Command    jrlhf run experiments/larder/diverse_values.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 15 minutes; pretraining and SFT are those of ppo_vs_dpo.py, and found where that has run
 Expected   each group's own model predicts its held-out labels better than the pooled one does; the mixture's `types`
-           tell A00 to A09 from B10 to B19 without being told; a policy for one group has less gold of the other; the
-           policies for the worst-off group have at least the pooled one's gold of the worse-off group
-Measured   one seed: the mixture tells all 20 labellers apart, but the pooled policy has the most gold of either group
-           (A 1.19, B 1.23; worst of the mixture 1.17 and 1.19, others 0.89 to 1.15): with 4,000 prompts half of the
-           labels costs a group more than the other group's votes do
+           tell B00 to B09 from C10 to C19 without being told; a group's own policy has more of its gold than the pooled
+           policy; policies for the worst-off group have at least the pooled one's gold of the worse-off group
+Measured   not yet
 """
 
 from dataclasses import replace
 
+from ppo_vs_dpo import evaluation_prompts
 from ppo_vs_dpo import experiment as base
 
+from jrlhf.algorithms.ppo import PPOConfig
 from jrlhf.algorithms.reward_model import RewardModelConfig
 from jrlhf.experiment import Experiment
+from jrlhf.lab import LarderLabelers
 from jrlhf.training.stages import RewardEnsemble
 
 pooled = base.stages["reward_model"]
 
 reward_models = {
-    "rm_A": replace(pooled, labelers=("A*",)),
     "rm_B": replace(pooled, labelers=("B*",)),
-    "rm_heads": replace(pooled, algorithm=RewardModelConfig(groups=("A*", "B*"))),
+    "rm_C": replace(pooled, labelers=("C*",)),
+    "rm_heads": replace(pooled, algorithm=RewardModelConfig(groups=("B*", "C*"))),
     "rm_mixture": replace(pooled, algorithm=RewardModelConfig(mixture=2)),  # nobody says who belongs together
 }
 rewards = {
-    "mean": RewardEnsemble(("rm_A", "rm_B")),
-    "vote": RewardEnsemble(("rm_A", "rm_B"), combine="vote"),
-    "worst": RewardEnsemble(("rm_A", "rm_B"), combine="min"),
-    "worst_of_heads": RewardEnsemble(("rm_heads",), combine="min"),
+    "head_B": RewardEnsemble(("rm_heads",), weights=(1, 0)),
+    "head_C": RewardEnsemble(("rm_heads",), weights=(0, 1)),
+    "mean": RewardEnsemble(("rm_B", "rm_C")),
+    "vote": RewardEnsemble(("rm_B", "rm_C"), combine="vote"),
+    "worst": RewardEnsemble(("rm_B", "rm_C"), combine="min"),
     "worst_of_mixture": RewardEnsemble(("rm_mixture",), combine="min"),
 }
-# Several reward models have no parameters for the critic to start from, so that all start from the policy's.
-ppo = replace(base.stages["ppo"], critic="policy")
+# Several reward models have no parameters for the critic to start from, so that all start from the policy's; and what
+# they say together has less spread than one of them, so that beta adapts until each policy is as far from SFT.
+ppo = replace(
+    base.stages["ppo"], critic="policy", gold="", algorithm=PPOConfig(beta=0.1, target_kl=1.5, kl_horizon=500)
+)
 policies = {
     "ppo_pooled": ppo,
-    "ppo_A": replace(ppo, reward="rm_A"),
     "ppo_B": replace(ppo, reward="rm_B"),
+    "ppo_C": replace(ppo, reward="rm_C"),
     **{f"ppo_{name}": replace(ppo, reward=name) for name in rewards},
 }
 
 experiment = Experiment(
     name="larder-diverse-values",
     stages={
-        **{name: base.stages[name] for name in ("pretrain", "sft", "preferences", "reward_model")},
+        **{name: base.stages[name] for name in ("pretrain", "sft")},
+        "preferences": replace(base.stages["preferences"], labeler=LarderLabelers(group="opposed")),
+        "reward_model": pooled,
         **reward_models,
         **rewards,
         **policies,
         "evaluate": replace(
             base.stages["evaluate"],
             policies=("sft", *policies),
-            groups=("larder_gold_A", "larder_gold_B"),
+            groups=("larder_gold_B", "larder_gold_C"),
+            prompts={"eval": evaluation_prompts["eval"]},
             best_of_n="",
         ),
     },

@@ -41,6 +41,7 @@ REWARDS: "dict[str, RewardFn]" = {
     "larder_gold": larder_gold,
     "larder_gold_A": partial(group_gold, "A"),
     "larder_gold_B": partial(group_gold, "B"),
+    "larder_gold_C": partial(group_gold, "C"),
     "sorter_answer": sorter_answer,
     "sorter_gold": sorter_gold,
     "sorter_so_far": sorter_so_far,

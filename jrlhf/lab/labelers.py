@@ -4,8 +4,8 @@ Labeller l values an answer at
 
     u = s_l (w_H * helpful + w_S * harmless + style) + b * words + c * [the answer says "great"]
 
-with s_l log-normal; group A weighs (w_H, w_S) = (1.3, 0.5), group B (0.6, 1.6). What the labeller then
-answers is one random ranking, drawn by `rank_by_utility`, whose law for a pair is `pair_probabilities`.
+with s_l log-normal; group A weighs (w_H, w_S) = (1.3, 0.5), group B (0.6, 1.6), group C (1.3, -0.6). What the
+labeller then answers is one random ranking, drawn by `rank_by_utility`, whose law for a pair is `pair_probabilities`.
 
 **The noise**, in the order in which it acts. The answers are shown in the order of the list.
 
@@ -37,7 +37,8 @@ from jrlhf.lab.larder import gold_scores
 if TYPE_CHECKING:
     from jrlhf.types import PreferenceRow
 
-GROUP_WEIGHTS = {"A": (1.3, 0.5), "B": (0.6, 1.6)}  # (helpful, harmless)
+GROUP_WEIGHTS = {"A": (1.3, 0.5), "B": (0.6, 1.6), "C": (1.3, -0.6)}  # (helpful, harmless)
+POOLS = {"pooled": "AB", "opposed": "BC"} | {group: group for group in GROUP_WEIGHTS}
 
 
 def rank_by_utility(
@@ -131,15 +132,17 @@ def _sigmoid(x: float) -> float:
 class LarderLabelers(Labeler):
     """A pool of simulated labellers; each prompt goes to one of them, drawn uniformly.
 
-    `pooled` is half group A, half group B (A has the odd one); `A` and `B` are one group only. `scale` is
-    the median of s and `scale_spread` the standard deviation of log s. `seed` draws the labellers' s;
-    the labels are drawn from the seed given to `label`. The noise fields are the module docstring's:
-    `position_bias` delta, `tie_threshold` tau, `intransitive` rho and `flip` epsilon, in units of utility or
-    probabilities; `length_bias` b is utility per word and `flattery` c the utility of a "great".
+    `pooled` is half group A, half group B (the first has the odd one): both want what is helpful and harmless, in
+    other proportions. `opposed` is half B, half C, who would rather hear about a hazard than be refused: no answer
+    pleases both. `A`, `B` and `C` are one group only. `scale` is the median of s and `scale_spread` the standard
+    deviation of log s. `seed` draws the labellers' s; the labels are drawn from the seed given to `label`. The noise
+    fields are the module docstring's: `position_bias` delta, `tie_threshold` tau, `intransitive` rho and `flip`
+    epsilon, in units of utility or probabilities; `length_bias` b is utility per word and `flattery` c the utility of
+    a "great".
     """
 
     labelers: int = 20
-    group: Literal["pooled", "A", "B"] = "pooled"
+    group: Literal["pooled", "opposed", "A", "B", "C"] = "pooled"
     scale: float = 2.0
     scale_spread: float = 0.3
     length_bias: float = 0.0
@@ -152,12 +155,11 @@ class LarderLabelers(Labeler):
     seed: int = 0
 
     def __post_init__(self):
-        groups = ("pooled", *GROUP_WEIGHTS)
-        if self.group not in groups:
+        if self.group not in POOLS:
             raise UserError(
-                f"LarderLabelers.group: no group {self.group!r}.{did_you_mean(self.group, groups)}"
+                f"LarderLabelers.group: no group {self.group!r}.{did_you_mean(self.group, POOLS)}"
             )
-        fewest = 2 if self.group == "pooled" else 1
+        fewest = len(POOLS[self.group])
         if self.labelers < fewest:
             raise UserError(
                 f"LarderLabelers.labelers is at least {fewest} in group {self.group!r}, got {self.labelers}."
@@ -174,12 +176,9 @@ class LarderLabelers(Labeler):
     @cached_property
     def names(self) -> list[str]:
         """The labellers' ids, such as "A03": the group and the number in the pool."""
+        first, last = POOLS[self.group][0], POOLS[self.group][-1]
         first_half = (self.labelers + 1) // 2
-        groups = {
-            "A": "A" * self.labelers,
-            "B": "B" * self.labelers,
-            "pooled": "A" * first_half + "B" * (self.labelers - first_half),
-        }[self.group]
+        groups = first * first_half + last * (self.labelers - first_half)
         return [f"{group}{number:02d}" for number, group in enumerate(groups)]
 
     @cached_property
@@ -315,7 +314,7 @@ class LarderLabelers(Labeler):
 
 
 def group_gold(
-    group: Literal["A", "B"], prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]
+    group: Literal["A", "B", "C"], prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]
 ) -> np.ndarray:
     """A group's own gold reward, w_H * helpful + w_S * harmless + style, [N] float32."""
     if group not in GROUP_WEIGHTS:

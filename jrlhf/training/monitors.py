@@ -41,14 +41,14 @@ class Alarms:
     held_out: float = 0.3
     kl: float = 0.0  # to the reference, nats per answer
     kl_per_token: float = 0.25  # to the reference, nats per token
-    length: float = 1.5  # mean length, times that of the first batch: it may grow from the first update on
+    length: float = 1.35  # mean length, times that of the first batch: it may grow from the first update on
     repeats: float = 0.1  # repeat rate, more than the start's
     endless: float = 0.1  # share of answers that do not end, more than the start's
     entropy: float = 0.03  # raised below this share of the start's
     out_of_range: float = 0.3  # share of answers scored beyond 98% of the reward model's training answers
     disagreement: float = 2.0  # std over an ensemble's members, times the start's
     window: int = 5
-    patience: int = 3
+    patience: int = 2
     snapshot_every: int = 10  # steps: how often "rollback" may keep the policy
 
     def __post_init__(self):

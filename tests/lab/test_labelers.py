@@ -138,14 +138,18 @@ def test_a_cycle_of_three():
 # The pool
 
 
-def test_utilities_are_the_formula():
-    pool = LarderLabelers(labelers=5, length_bias=0.1, flattery=0.7, seed=3)
+@pytest.mark.parametrize(
+    ("group", "names"),
+    [("pooled", ["A00", "A01", "A02", "B03", "B04"]), ("opposed", ["B00", "B01", "B02", "C03", "C04"])],
+)
+def test_utilities_are_the_formula(group, names):
+    pool = LarderLabelers(labelers=5, group=group, length_bias=0.1, flattery=0.7, seed=3)
     criteria = {"helpful": [1.0, 0.5], "harmless": [1.0, -1.0], "style": [0.2, 0.1]}
     utilities = pool.utilities([GOOD, FLATTERING], criteria)
-    assert pool.names == ["A00", "A01", "A02", "B03", "B04"]
+    assert pool.names == names
     s = pool.scales
     for l, name in enumerate(pool.names):
-        w_helpful, w_harmless = {"A": (1.3, 0.5), "B": (0.6, 1.6)}[name[0]]
+        w_helpful, w_harmless = {"A": (1.3, 0.5), "B": (0.6, 1.6), "C": (1.3, -0.6)}[name[0]]
         assert utilities[l, 0] == pytest.approx(s[l] * (w_helpful + w_harmless + 0.2) + 0.1 * 12)
         assert utilities[l, 1] == pytest.approx(s[l] * (0.5 * w_helpful - w_harmless + 0.1) + 0.1 * 6 + 0.7)
 

@@ -127,6 +127,7 @@ def test_group_rewards_weigh_the_criteria():
     # helpful, harmless, style: (0.5, 1, 0) and (0.5, -1, -0.5)
     assert REWARDS["larder_gold_A"](prompts, rows, ended) == pytest.approx([1.15, -0.35])
     assert REWARDS["larder_gold_B"](prompts, rows, ended) == pytest.approx([1.9, -1.8])
+    assert REWARDS["larder_gold_C"](prompts, rows, ended) == pytest.approx([0.05, 0.75])
 
 
 def test_clauses():

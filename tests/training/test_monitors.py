@@ -144,7 +144,7 @@ def test_an_alarm_ends_and_is_told_once():
     assert [(a.step, a.rule) for a in monitor.raised] == [(6, "length")]
     text = "".join(said)
     assert text.count("alarm at step") == 1
-    assert "alarm at step 6: length is 3, above 1.5" in text
+    assert "alarm at step 6: length is 3, above 1.35" in text
     assert "LengthCorrected" in text  # what to try
 
 
