@@ -24,7 +24,7 @@ from jrlhf.training.rewards import (
     make_reward,
     on_host_scores,
 )
-from jrlhf.training.stages import Evaluate, Part, RewardMix, Verifier
+from jrlhf.training.stages import Evaluate, Part, RewardMix, StepLabels, Verifier
 from jrlhf.types import Scores
 
 LENGTHS = Part("words", weight=0.5)
@@ -230,7 +230,7 @@ def test_mistakes_are_told_before_anything_runs(change, message):
         replace(mix, **change).validate(tiny.experiment.stages)
 
 
-@pytest.mark.parametrize("what", ["rloo", "best", "compared"])
+@pytest.mark.parametrize("what", ["rloo", "best", "compared", "steps"])
 def test_prompts_that_lack_what_a_reward_reads_are_told_before_anything_is_sampled(
     left, one_device_runs, monkeypatch, what
 ):
@@ -246,7 +246,13 @@ def test_prompts_that_lack_what_a_reward_reads_are_told_before_anything_is_sampl
     evaluation = Evaluate(
         policies=("sft",), gold="inside", prompts={"main": tiny.prompts}, sampling=tiny.answers
     )
-    readers = {"rloo": rloo("inside", ""), "best": best_of_two("inside", ""), "compared": evaluation}
+    steps = StepLabels("sft", reward="words", prompts=tiny.prompts, truth="inside", sampling=tiny.answers)
+    readers = {
+        "rloo": rloo("inside", ""),
+        "best": best_of_two("inside", ""),
+        "compared": evaluation,
+        "steps": steps,
+    }
     stages = {"grouped": by_group, "inside": inside, what: readers[what]}
     with one_device(), pytest.raises(UserError, match="'inner' goes by group: prompt 1 has the group None"):
         run(only("pretrain", "sft", **stages), one_device_runs, console=QUIET)

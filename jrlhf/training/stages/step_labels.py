@@ -102,10 +102,12 @@ class StepLabels(MeshStage):
         with jax.set_mesh(mesh):
             policy = load_model(ctx.parents[self.start], mesh)
             tokenizer = policy.tokenizer
-            outcome = make_reward(self.reward, dict(ctx.parents), mesh, tokenizer)
+            asked_of = [name for name in (self.reward, self.truth) if name]
+            rewards = [make_reward(name, dict(ctx.parents), mesh, tokenizer) for name in asked_of]
+            outcome, truth = rewards[0], rewards[-1]
 
             # 1. Answers, their outcomes, and where their steps end.
-            asked, prompt_ids, answers, texts = sample_answers(self, policy, ctx, self.responses, (outcome,))
+            asked, prompt_ids, answers, texts = sample_answers(self, policy, ctx, self.responses, rewards)
             rows = [row for row in asked for _ in range(self.responses)]
             ids = [row for row in prompt_ids for _ in range(self.responses)]
             is_right = score(outcome, answers, texts, mesh) >= self.threshold
@@ -137,7 +139,6 @@ class StepLabels(MeshStage):
             }
             # 3. Against the truth, where it is known.
             if self.truth:
-                truth = make_reward(self.truth, dict(ctx.parents), mesh, tokenizer)
                 so_far = cut(answers, steps)
                 read = read_texts(so_far, [rows[step.answer] for step in steps], tokenizer)
                 prompts = np.asarray([step.answer // self.responses for step in steps])
