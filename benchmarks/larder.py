@@ -233,7 +233,7 @@ def b7(seeds: dict) -> dict:
 
 def b9(seeds: dict) -> dict:
     """Ensembles of 5 at 25% flips: best-of-n's fall from its peak to n = 256 halved by one of the two careful ones."""
-    arms = ("one", "mean", "worst", "careful")
+    arms = ("one", "mean", "worst", "careful", "worst_of_own", "careful_own")
     curves: dict = {}
     for seed, left in seeds.items():
         tables = {arm: json.loads((left[f"by_{arm}"] / "best_of_n.json").read_text()) for arm in arms}
@@ -245,6 +245,7 @@ def b9(seeds: dict) -> dict:
     fall = {arm: np.array([max(c[arm]) - c[arm][-1] for c in curves.values()]) for arm in arms}
     share = lambda arm: part([fall[arm].mean() / fall["one"].mean()])  # noqa: E731
     careful = min(("worst", "careful"), key=lambda arm: fall[arm].mean())
+    own = min(("worst_of_own", "careful_own"), key=lambda arm: fall[arm].mean())
     return {
         "curves": curves,
         "parts": {
@@ -253,6 +254,9 @@ def b9(seeds: dict) -> dict:
             **{f"{arm}: fall over that of one model": share(arm) for arm in arms[1:]},
             "the better careful one: fall over that of one model": part(
                 [fall[careful].mean() / fall["one"].mean()], at_most=0.5
+            ),
+            "the better one with labels of their own: fall over that of one model": part(
+                [fall[own].mean() / fall["one"].mean()], at_most=0.5
             ),
         },
     }
@@ -265,33 +269,33 @@ def b10(seeds: dict) -> dict:
     of = lambda arm, group: np.array(  # noqa: E731
         [final[seed][arm]["groups"][f"larder_gold_{group}"] for seed in seeds]
     )
+    gain = lambda arm, group: of(arm, group) - of("sft", group)  # noqa: E731
     told = lambda model, group: np.array(  # noqa: E731
         [group_accuracy(left[model], group) for left in seeds.values()]
     )
-    worst = {arm: np.minimum(of(arm, "A"), of(arm, "B")) for arm in ("sft", *arms)}
+    worse = {arm: np.minimum(gain(arm, "B"), gain(arm, "C")) for arm in arms}
     parts = {}
-    for group in "AB":
+    for group in "BC":
         better = told(f"rm_{group}", group) - told("reward_model", group)
         parts[f"{group}: held-out accuracy of its own model less the pooled one's"] = part(
             better, at_least=0.0
         )
-    for group in "AB":
-        lost = of(f"ppo_{group}", group) - of("ppo_pooled", group)
-        parts[f"{group}: gold of its own policy less the pooled one's"] = part(lost, at_least=0.0)
+    for group in "BC":
+        for own in (f"ppo_{group}", f"ppo_head_{group}"):
+            lost = of(own, group) - of("ppo_pooled", group)
+            parts[f"{group}: gold of {own} less the pooled one's"] = part(lost, at_least=0.0)
     apart = [told_apart(left["rm_mixture"]) for left in seeds.values()]
-    parts["labellers that the mixture puts with their group"] = part(apart)
-    for_both = [arm for arm in arms if arm not in ("ppo_pooled", "ppo_A", "ppo_B")]
-    for arm in for_both:
-        parts[f"worse-off group: gold of {arm} less the pooled one's"] = part(
-            worst[arm] - worst["ppo_pooled"]
+    parts["labellers that the mixture puts with their group"] = part(apart, at_least=0.9)
+    for arm in ("ppo_mean", "ppo_vote", "ppo_worst", "ppo_worst_of_mixture"):
+        parts[f"group that gains less over SFT: {arm} less the pooled one"] = part(
+            worse[arm] - worse["ppo_pooled"], at_least=0.0 if arm.startswith("ppo_worst") else None
         )
-    best = max(for_both, key=lambda arm: worst[arm].mean())
-    parts["worse-off group: the best of these"] = part(worst[best] - worst["ppo_pooled"], at_least=0.0)
     return {
         "curves": {},
         "final": {
-            arm: {group: part(of(arm, group)) for group in "AB"} | {"worst": part(values)}
-            for arm, values in worst.items()
+            arm: {group: part(of(arm, group)) for group in "BC"}
+            | {"kl": part([final[seed][arm]["kl"] for seed in seeds])}
+            for arm in ("sft", *arms)
         },
         "parts": parts,
     }
@@ -346,9 +350,9 @@ def group_accuracy(folder: Path, group: str) -> float:
 def told_apart(folder: Path) -> float:
     """The share of labellers whom a mixture of two puts with their group, whichever type is called the first."""
     is_first = [
-        (who[0] == "A", types[0] > 0.5) for who, types in result(folder, "types")["of_raters"].items()
+        (who[0] == "B", types[0] > 0.5) for who, types in result(folder, "types")["of_raters"].items()
     ]
-    right = float(np.mean([is_a == first for is_a, first in is_first]))
+    right = float(np.mean([is_b == first for is_b, first in is_first]))
     return max(right, 1.0 - right)
 
 

@@ -11,7 +11,11 @@ nine answers to each, or many with four: the same number of pairs. All else, the
 Command    jrlhf run experiments/larder/generalisation.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 10 minutes more than ppo_vs_dpo.py, of which it uses the first stages
-Expected   not yet measured
+Expected   gains on held-out prompts about as large as on those of the training distribution; few prompts cost gold
+Measured   one seed, gain over SFT on prompts like those of training / four items / new pairs / a new instruction:
+           PPO 0.74 / 0.74 / 0.83 / 0.82, with 128 prompts 0.64 / 0.57 / 0.71 / 0.76, with further items 0.74 / 0.69 /
+           0.85 / 0.76; DPO 0.54 / 0.52 / 0.62 / 0.52, with 667 prompts 0.55 / 0.57 / 0.65 / 0.56 (intervals ± 0.1).
+           All of it carries over: no policy's gap is larger than SFT's (0.16 / 0.19 / 0.20) by more than chance
 """
 
 from dataclasses import replace

@@ -1,13 +1,16 @@
 """Direct and distilled RLAIF (Lee et al. 2023), with a judge that is right in 95% or in 75% of its replies.
 
 The judge goes through a rubric (rubric.toml). Direct: its score of each answer is PPO's reward. Distilled: it labels
-answers of SFT, a reward model learns from the labels, and PPO from the reward model, which averages the judge's errors
-away. Both are measured by gold, which neither sees.
+answers of SFT, a reward model learns from the labels, and PPO from the reward model. Both are measured by gold, which
+neither sees.
 
 Command    jrlhf run experiments/larder/rlaif.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 10 minutes
-Expected   direct_95 has gold 1.34 at KL 1.5 after 24 of the 50 updates (seed 0; SFT 0.57); the rest is not yet measured
+Expected   direct is better, and the more so the worse the judge: its errors are drawn anew in every update and average
+           out, those in a fixed set of labels are learned and then exploited
+Measured   one seed, gold at KL: SFT 0.54; judge right in 95%: direct 1.42 at 1.6, distilled 1.33 at 1.9; in 75%:
+           direct 1.21 at 2.0, distilled 0.96 at 3.2, where an alarm (`kl_per_token`) was raised
 """
 
 from dataclasses import replace
