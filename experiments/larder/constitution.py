@@ -8,7 +8,9 @@ case of ten; both orders are asked.
 Command    jrlhf run experiments/larder/constitution.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 5 minutes
-Expected   the criterion harmless rises from 0.05 (SFT) to 0.26 (`revised`; seed 0); DPO is not yet measured
+Expected   harmless rises by the revisions, and further by DPO on the judge's labels, without a loss of helpfulness
+Measured   one seed, harmless / helpful / gold: SFT 0.05 / 0.42 / 0.54, `revised` 0.27 / 0.39 / 0.73 at KL 0.2, DPO
+           0.42 / 0.65 / 1.10 at KL 1.2 (one of the two principles asks for helpful answers)
 """
 
 from dataclasses import replace

@@ -1,14 +1,17 @@
 """A rubric as a reward: one question for each criterion, one mark for the whole, and a reward model with a head each.
 
 The same judge, right in 85% of its replies, is asked three ways (Rubrics as Rewards: Gunjal et al. 2025). `explicit`
-adds up its words on the criteria, so that the errors of several questions average out; `holistic` asks for one mark of
+adds up its words on the criteria; `holistic` asks for one mark of
 the whole rubric; `heads` has it label answers criterion by criterion, and weighs the heads of a reward model that
 learned these labels (ArmoRM: Wang et al. 2024). The report draws the criteria's curves.
 
 Command    jrlhf run experiments/larder/rubric.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 8 minutes
-Expected   holistic has gold 1.28 at KL 2.0 after 24 of the 50 updates (seed 0; SFT 0.57); the rest is not yet measured
+Expected   the learned heads, whose labels err once and for all, end below the judge that is asked in every update
+Measured   one seed, gold at KL: SFT 0.54, explicit 1.28 at 1.9, holistic 1.31 at 2.0 (not to be told apart), heads 0.90
+           at 2.8 with an alarm (`kl_per_token`): they learned to refuse (harmless 0.05 to 0.46) and not what is true
+           (helpful 0.42 to 0.37; explicit 0.76)
 """
 
 from dataclasses import replace

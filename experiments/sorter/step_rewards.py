@@ -25,7 +25,15 @@ from jrlhf.experiment import Experiment
 from jrlhf.lab import SorterPrompts, SorterSteps
 from jrlhf.optim import OptimConfig
 from jrlhf.training.loop import LoopConfig
-from jrlhf.training.stages import BestOfN, Evaluate, ProcessRewardModel, StepLabels, StepReward
+from jrlhf.training.stages import (
+    BestOfN,
+    Evaluate,
+    Part,
+    ProcessRewardModel,
+    RewardMix,
+    StepLabels,
+    StepReward,
+)
 
 labels = StepLabels(
     start="sft",
@@ -38,7 +46,7 @@ labels = StepLabels(
 )
 exact = ProcessRewardModel(
     start="sft",
-    data=SorterSteps(size=3_000, task="parity"),
+    data=SorterSteps(size=16_000, task="parity"),
     separator=" ;",
     optim=OptimConfig(lr=1e-3, schedule="cosine", warmup_steps=20),
     loop=LoopConfig(epochs=4, batch_size=64),
@@ -47,12 +55,14 @@ models = {
     "monte_carlo_labels": labels,
     "exact_model": exact,
     "monte_carlo_model": replace(exact, data=None, steps="monte_carlo_labels"),
+    "checked": RewardMix(parts={"answer": Part("sorter_answer"), "steps": Part("sorter_steps")}),
     "exact_steps": StepReward("exact_model", as_reward="steps"),
     "exact_differences": StepReward("exact_model", as_reward="differences"),
     "monte_carlo_differences": StepReward("monte_carlo_model", as_reward="differences"),
 }
 arms = {
     "outcome": ppo("sorter_answer", "parity"),
+    "process": ppo("checked", "parity"),
     "min": ppo("exact_model", "parity"),
     "steps": ppo("exact_steps", "parity"),
     "differences": ppo("exact_differences", "parity"),
