@@ -288,7 +288,7 @@ def b10(seeds: dict) -> dict:
     parts["labellers that the mixture puts with their group"] = part(apart, at_least=0.9)
     for arm in ("ppo_mean", "ppo_vote", "ppo_worst", "ppo_worst_of_mixture"):
         parts[f"group that gains less over SFT: {arm} less the pooled one"] = part(
-            worse[arm] - worse["ppo_pooled"], at_least=0.0 if arm.startswith("ppo_worst") else None
+            worse[arm] - worse["ppo_pooled"]
         )
     return {
         "curves": {},
