@@ -8,7 +8,11 @@ many were of use). All make the same number of updates from the same number of a
 Command    jrlhf run experiments/sorter/curriculum.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 30 minutes
-Expected   not yet measured
+Expected   little from the filter (SFT leaves 3% of the prompts without a contrast); dynamic sampling ahead late, when
+           half of the groups are equal
+Measured   one seed, right answers after 100 updates: SFT 0.47; plain 0.905, filtered 0.904, often solved first 0.910,
+           short first 0.902, dynamic 0.920, which is 0.02 [0.01, 0.03] more than plain for 2.3 times the samples.
+           None solves nine or ten digits
 """
 
 from dataclasses import replace
