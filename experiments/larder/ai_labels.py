@@ -10,8 +10,8 @@ Hardware   two CPU cores, 2 GiB of memory
 Time       about 8 minutes with the program
 Expected   PPO from the judge's labels gains what it gains from people's; asking the judge itself gains more, for its
            errors are drawn anew in every update
-Measured   one seed: the judge agrees with one person's noisy choice on 0.73 [0.72, 0.74] of the pairs that neither ties,
-           turns 30% round when the answers change places and names the first in 61%. Gold: SFT 0.54, PPO from its
+Measured   one seed: the judge agrees with one person's noisy choice on 0.73 [0.72, 0.74] of the pairs that neither
+           ties, turns 30% round when the answers change places and names the first in 61%. Gold: SFT 0.54, PPO from its
            labels 1.30 at KL 1.8 (from people's 1.28), asked directly 1.43 at KL 1.8
 """
 
