@@ -20,6 +20,16 @@ def category_counts(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, np.sum(ratings[:, :, None] == values, axis=0)
 
 
+def in_both_orders(choices: np.ndarray) -> np.ndarray:
+    """Choices [..., N] between two answers, every pair once as it is and once with its answers changed over, [..., 2N].
+
+    Which answer of a pair comes first is the file's doing. Where it puts the chosen one first, all raters seem to say
+    "first" all the time, and what they agree on seems chance. Agreement on both orders does not depend on it.
+    """
+    choices = np.asarray(choices, np.float64)
+    return np.concatenate([choices, -choices], axis=-1)
+
+
 def krippendorff_alpha(ratings: np.ndarray, level: Level = "nominal") -> float:
     """1 - observed / expected disagreement of ratings [L, N] (Krippendorff 2011, "Computing Krippendorff's
     Alpha-Reliability"); 1 is perfect, 0 what chance gives. NaN where there is nothing to compare: no item with two

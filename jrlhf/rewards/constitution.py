@@ -37,7 +37,8 @@ def load_principles(path: str) -> tuple[Principle, ...]:
     UserError names file and line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Some editors put a mark before the first line.
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         near = [p.name for p in Path(path).parent.glob("*.txt")]
         raise UserError(f"{path}: no such file of principles.{did_you_mean(Path(path).name, near)}") from None

@@ -17,9 +17,9 @@ import sqlite3
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -30,7 +30,7 @@ import httpx2
 import numpy as np
 
 from jrlhf.config import UserError, no_fingerprint
-from jrlhf.rewards.judges import Named, one_hot, parse_verdict
+from jrlhf.rewards.judges import Named, begins, one_hot, parse_verdict
 
 # At level DEBUG it logs the headers of responses, where a server may have echoed the key.
 logging.getLogger("httpcore2").setLevel(logging.INFO)
@@ -41,7 +41,10 @@ HINTS = {
     401: "the key is missing or wrong: see api_key_env",
     403: "the key may not use this model",
     404: "url or model is not known there; url ends where /chat/completions follows, often in /v1",
+    413: "the request is too large for this server",
+    422: "the request does not suit this server or model",
 }
+OF_ONE = {400, 413, 422}  # also said of a single question, such as one too long for the model
 SECRET = 8  # characters; a shorter key is a placeholder ("EMPTY"), and blotting it out would spoil answers
 
 
@@ -134,9 +137,9 @@ class Endpoint:
 
 class Reply(NamedTuple):
     text: str
-    tokens: (
-        list[tuple[str, dict[str, float]]] | None
-    )  # each with its likeliest alternatives' log-probabilities
+    # each with its likeliest alternatives' log-probabilities
+    tokens: list[tuple[str, dict[str, float]]] | None
+    cut: bool = False  # by a limit or a filter of the server, so that its end is missing
 
 
 class Usage(NamedTuple):
@@ -146,6 +149,14 @@ class Usage(NamedTuple):
 
 class Malformed(Exception):
     """A reply that is none."""
+
+
+class Refused(UserError):
+    """What no retry mends. `of_one`: it may be about this question alone."""
+
+    def __init__(self, message: str, of_one: bool) -> None:
+        super().__init__(message)
+        self.of_one = of_one
 
 
 def read_reply(data: str) -> tuple[Reply, Usage]:
@@ -167,7 +178,8 @@ def read_reply(data: str) -> tuple[Reply, Usage]:
     count = lambda name: n if type(n := usage.get(name)) is int and 0 <= n < 2**31 else 0  # noqa: E731
     # Half a surrogate pair is no text, and could not be kept.
     text = (message.get("content") or "").encode("utf-8", "replace").decode()
-    reply = Reply(text, _tokens(choices[0].get("logprobs")))
+    cut = choices[0].get("finish_reason") in ("length", "content_filter")
+    reply = Reply(text, _tokens(choices[0].get("logprobs")), cut)
     return reply, Usage(count("prompt_tokens"), count("completion_tokens"))
 
 
@@ -180,7 +192,7 @@ def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]] | None:
             )
             for entry in logprobs["content"]
         ]
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         return None
     sound = all(value <= 1e-3 for _, top in tokens for value in top.values())  # NaN is not
     return tokens if sound else None
@@ -188,7 +200,8 @@ def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]] | None:
 
 def soft_verdict(reply: Reply, named: Named, options: Sequence[str]) -> np.ndarray | None:
     """[K]: how likely each option was at the token that gave the verdict; None where that cannot be told: without
-    log-probabilities, or when one token begins several options."""
+    log-probabilities, when one token begins several options, or when the option that the text names is not among the
+    likeliest."""
     if reply.tokens is None or "".join(token for token, _ in reply.tokens) != reply.text:
         return None
     stops = np.cumsum([len(token) for token, _ in reply.tokens])
@@ -200,33 +213,57 @@ def soft_verdict(reply: Reply, named: Named, options: Sequence[str]) -> np.ndarr
     mass = np.zeros(len(options))
     for other, logprob in top.items():
         word = other.strip().removeprefix(before).strip(" \t\n\"'*.,:;()[]{}")
-        meant = [i for i, option in enumerate(options) if word and _begins(option, word)]
+        meant = [i for i, option in enumerate(options) if word and begins(option, word)]
         if len(meant) > 1:
             return None
         mass[meant] += math.exp(min(logprob, 0.0))
-    return mass / mass.sum() if mass.sum() > 0 else None
-
-
-def _begins(option: str, word: str) -> bool:
-    return option.startswith(word) or (len(option) > 1 and option.lower().startswith(word.lower()))
+    return mass / mass.sum() if mass[named.option] > 0 else None
 
 
 # --- answers on disk ----------------------------------------------------------------------------------------
 
 
+# SQLite's troubles that are not the file's own.
+PASSING = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+}
+
+
 class Answers:
-    """Replies by the hash of what was asked, and what they cost, in one SQLite file that outlives a killed run."""
+    """Replies by the hash of what was asked, and what they cost, in one SQLite file that outlives a killed run.
+
+    UserError, with the file's name, where it cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
-        try:
+        self._path = path
+        with self._named():
             # Made in one thread and used in another (`_run`), never in two at a time.
             self._db = sqlite3.connect(path, timeout=60.0, isolation_level=None, check_same_thread=False)
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, text TEXT, tokens TEXT)"
-            )
-            self._db.execute("CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, n INTEGER)")
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: stored answers that cannot be read ({error}); move it away") from error
+        try:
+            with self._named():
+                self._db.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (asked TEXT PRIMARY KEY, text TEXT, tokens TEXT)"
+                )
+                # A table of its own, so that files from before it was kept can be read.
+                self._db.execute("CREATE TABLE IF NOT EXISTS cut (asked TEXT PRIMARY KEY)")
+                self._db.execute("CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, n INTEGER)")
+        except UserError:
+            self.close()
+            raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the details
+            advice = "" if code in PASSING else "; move it away, and what it holds is asked again"
+            raise UserError(f"{self._path}: stored answers that cannot be read ({error}){advice}") from error
 
     def close(self) -> None:
         self._db.close()
@@ -234,24 +271,38 @@ class Answers:
     def find(self, keys: Sequence[str]) -> dict[str, Reply]:
         found = {}
         for key in keys:
-            row = self._db.execute("SELECT text, tokens FROM answers WHERE asked = ?", (key,)).fetchone()
-            if row is not None:
-                tokens = json.loads(row[1]) if row[1] else None
-                found[key] = Reply(row[0], tokens and [(token, top) for token, top in tokens])
+            with self._named():
+                row = self._db.execute(
+                    "SELECT text, tokens, EXISTS (SELECT 1 FROM cut WHERE asked = ?1) FROM answers WHERE asked = ?1",
+                    (key,),
+                ).fetchone()
+                if row is not None:
+                    found[key] = _kept(*row)
         return found
+
+    def any(self) -> bool:
+        with self._named():
+            return self._db.execute("SELECT 1 FROM answers LIMIT 1").fetchone() is not None
 
     def keep(self, key: str, reply: Reply, counts: Counter) -> None:
         """One transaction: an answer is never paid for and lost, nor counted twice."""
         tokens = json.dumps(reply.tokens) if reply.tokens is not None else None
-        self._db.execute("BEGIN IMMEDIATE")
-        with self._db:
+        with self._named(), self._transaction():
             self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", (key, reply.text, tokens))
+            self._db.execute("DELETE FROM cut WHERE asked = ?", (key,))
+            if reply.cut:
+                self._db.execute("INSERT INTO cut VALUES (?)", (key,))
             self._add(counts)
 
     def add(self, counts: Counter) -> None:
+        with self._named(), self._transaction():
+            self._add(counts)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         with self._db:
-            self._add(counts)
+            yield
 
     def _add(self, counts: Counter) -> None:
         for name, n in counts.items():
@@ -262,7 +313,17 @@ class Answers:
         counts.clear()
 
     def counts(self) -> dict[str, int]:
-        return dict(self._db.execute("SELECT name, n FROM counts"))
+        with self._named():
+            return {str(name): int(n) for name, n in self._db.execute("SELECT name, n FROM counts")}
+
+
+def _kept(text: Any, tokens: Any, cut: int) -> Reply:
+    if not isinstance(text, str):
+        raise ValueError(f"an answer is {type(text).__name__}, not text")
+    if tokens is None:
+        return Reply(text, None, bool(cut))
+    listed = [(str(token), {str(t): float(p) for t, p in top.items()}) for token, top in json.loads(tokens)]
+    return Reply(text, listed, bool(cut))
 
 
 # --- asking -------------------------------------------------------------------------------------------------
@@ -274,9 +335,9 @@ class EndpointJudge:
     def __init__(self, endpoint: Endpoint, answers: Path) -> None:
         endpoint.check_key()
         self.endpoint, self.answers = endpoint, answers
-        self.read: Counter[str] = (
-            Counter()
-        )  # of the replies that this process read: abstentions, hard_verdicts
+        # Of the replies that this process read: abstentions, hard_verdicts, cut_off.
+        self.read: Counter[str] = Counter()
+        self._in_a_row = 0  # questions without an answer, over all calls
 
     def verdicts(self, questions: Sequence[str], options: Sequence[str]) -> np.ndarray:
         """[N, K] float64, the mean over `votes` that named an option; NaN where none did.
@@ -305,8 +366,9 @@ class EndpointJudge:
 
     def counts(self) -> dict[str, float]:
         """Since the file of answers began: requests, retries, timeouts, failures (questions without an answer),
-        prompt_tokens, completion_tokens, cost; by this process: abstentions (replies that name no option) and
-        hard_verdicts (read from the text although log-probabilities were asked for)."""
+        prompt_tokens, completion_tokens, cost; by this process: abstentions (replies that name no option), cut_off
+        (those of them whose end is missing) and hard_verdicts (read from the text although log-probabilities were asked
+        for)."""
         with closing(Answers(self.answers)) as answers:
             kept = answers.counts()
         names = ("requests", "retries", "timeouts", "failures", "prompt_tokens", "completion_tokens")
@@ -315,12 +377,13 @@ class EndpointJudge:
         total["cost"] = (
             tokens_in * self.endpoint.input_price + tokens_out * self.endpoint.output_price
         ) / 1e6
-        return total | {name: self.read[name] for name in ("abstentions", "hard_verdicts")}
+        return total | {name: self.read[name] for name in ("abstentions", "cut_off", "hard_verdicts")}
 
     def _verdict(self, reply: Reply, options: Sequence[str]) -> np.ndarray | None:
-        named = parse_verdict(reply.text, options)
+        named = parse_verdict(reply.text, options, reply.cut)
         if named is None:
             self.read["abstentions"] += 1
+            self.read["cut_off"] += reply.cut
             return None
         if self.endpoint.top_logprobs:
             if (soft := soft_verdict(reply, named, options)) is not None:
@@ -354,26 +417,33 @@ class EndpointJudge:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if secret:
             headers["Authorization"] = f"Bearer {secret}"
-        in_a_row = 0
+        refused: list[Refused] = []
 
         async def work(client: httpx2.AsyncClient) -> None:
-            nonlocal in_a_row
             for key, body in todo:
                 counts: Counter = Counter()
                 try:
                     reply, trouble = await self._one(client, body, secret, counts)
                     if reply is not None:
                         answers.keep(key, reply, counts)
+                except Refused as error:
+                    if not error.of_one:
+                        raise
+                    reply, trouble = None, str(error)
+                    counts["failures"] += 1
+                    if not answers.any():  # a config that is wrong, unless the others have answers
+                        refused.append(error)
+                        return
                 finally:
                     if counts:
                         answers.add(counts)
                 if reply is not None:
-                    found[key], in_a_row = reply, 0
+                    found[key], self._in_a_row = reply, 0
                     continue
-                in_a_row += 1
-                if in_a_row >= self.endpoint.give_up_after:
+                self._in_a_row += 1
+                if self._in_a_row >= self.endpoint.give_up_after:
                     raise UserError(
-                        f"endpoint {self.endpoint.url}: {in_a_row} questions in a row had no answer (the last: "
+                        f"endpoint {self.endpoint.url}: {self._in_a_row} questions in a row had no answer (the last: "
                         f"{trouble}); the answers so far are kept, and the same command goes on from there"
                     )
 
@@ -385,6 +455,8 @@ class EndpointJudge:
                         group.create_task(work(client))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
+        if refused and not answers.any():
+            raise refused[0]
 
     async def _one(
         self, client: httpx2.AsyncClient, body: str, secret: str, counts: Counter
@@ -423,7 +495,10 @@ class EndpointJudge:
                     status, "it is not a chat completions endpoint" if status < 400 else "refused"
                 )
                 shown = " ".join(text[:300].split())
-                raise UserError(f"endpoint {self.endpoint.url}: HTTP {status}, {hint}. It says: {shown!r}")
+                raise Refused(
+                    f"endpoint {self.endpoint.url}: HTTP {status}, {hint}. It says: {shown!r}",
+                    status in OF_ONE,
+                )
             trouble, wanted = f"HTTP {status}", retry_after(after)
         counts["failures"] += 1
         return None, trouble
@@ -444,9 +519,9 @@ class EndpointJudge:
         return response.status_code, response.headers.get("Retry-After", ""), data.decode("utf-8", "replace")
 
     def _wait(self, attempt: int, wanted: float | None) -> float:
-        """Seconds before a retry: what the server asked for, or doubling each time, by up to half shorter."""
+        """Seconds before a retry: doubling each time, by up to half shorter; longer where the server asks for it."""
         own = self.endpoint.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-        return min(self.endpoint.max_wait, own if wanted is None else wanted)
+        return min(self.endpoint.max_wait, max(own, wanted or 0.0))
 
 
 def retry_after(header: str) -> float | None:

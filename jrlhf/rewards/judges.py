@@ -64,7 +64,8 @@ class StoredVerdicts(Program):
         known = _stored(self.path, Path(self.path).stat().st_mtime_ns) if Path(self.path).is_file() else None
         if known is None:
             raise UserError(f"{self.path}: no such file of stored verdicts")
-        return np.stack([_stored_row(known.get(q), options, self.path) for q in questions])
+        rows = [_stored_row(known.get(q), options, self.path) for q in questions]
+        return np.asarray(rows, np.float64).reshape(len(questions), len(options))
 
     def files(self) -> tuple[str, ...]:
         return (self.path,)
@@ -73,7 +74,7 @@ class StoredVerdicts(Program):
 @cache
 def _stored(path: str, changed: int) -> Mapping[str, object]:
     found = {}
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:  # some editors put a mark before the first line
         for n, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -148,15 +149,24 @@ class Named(NamedTuple):
     stop: int
 
 
-def parse_verdict(reply: str, options: Sequence[str]) -> Named | None:
-    """The option that a reply names: the last in double brackets (`[[A]]`, as MT-Bench asks for it), the only one among
-    the values of a JSON object, or the last that stands by itself. None: it names none, or JSON that is undecided.
+def parse_verdict(reply: str, options: Sequence[str], cut: bool = False) -> Named | None:
+    """The option that a reply names; None: it names none, or which one it means cannot be told. In this order:
 
-    Words are matched in any case, single letters in their own (`a` is an article). A number is not taken out of a
-    larger one (`8` in `8.5`), nor the scale's end for the mark (`10` in `8/10`, `8 / 10`, `8 of 10`).
+    1. the last in double brackets (`[[A]]`, as MT-Bench asks for it) or after `[RESULT]` (as Prometheus writes it);
+    2. the only one among the values of a JSON object;
+    3. the one on a line of its own (`**A**`, `Rating: 4/5`), if all such lines name the same;
+    4. the one that the reply begins with (`Yes. There are ...`, `A because ...`);
+    5. the only one that is named at all. Where several are, a verdict would be a guess.
+
+    `cut`: the reply was cut short. What stands in the middle of a thought is no verdict, so that only brackets that
+    agree count, JSON, or a reply that is nothing but an option.
+
+    Words are matched in any case, single letters in their own. A letter, a number and `no` before a noun may be its
+    article or count and are no verdict ("A better answer", "2 mistakes", "no errors"), nor is what follows "not". A
+    number is not taken out of a larger one (`8` in `8.5`) nor out of a scale (`10` in `8/10`, `1` in `1-5`).
     """
-    if bracketed := _last(reply, options, before=r"\[\[\s*", after=r"\s*\]\]"):
-        return bracketed
+    if marked := _named(reply, options, before=r"\[\[\s*", after=r"\s*\]\]"):
+        return marked[-1] if not cut or _agree(marked) else None
     begin, end = reply.find("{"), reply.rfind("}")
     try:
         values = json.loads(reply[begin : end + 1]) if 0 <= begin < end else None
@@ -168,11 +178,72 @@ def parse_verdict(reply: str, options: Sequence[str]) -> Named | None:
         if len(named) != 1:
             return None
         (option,) = named
-        return _last(
-            reply, [options[option]], before=r':\s{0,9}"?\s{0,9}', after=r'\s{0,9}"?\s{0,9}[,}]', index=option
-        )
+        only = {option: options[option]}
+        found = _named(reply, only, before=r':\s{0,9}"?\s{0,9}', after=r'\s{0,9}"?\s{0,9}[,}]')
+        return found[-1] if found else None
+    if cut:
+        whole = _named(reply, options, rf"\A\s{{0,9}}{_OPEN}", rf"{_CLOSE}\s{{0,9}}\Z")
+        # The end may be missing: `1` of `10`.
+        begun = [o for o in options if whole and begins(o, options[whole[0].option])]
+        return whole[0] if len(begun) == 1 else None
+    return _unmarked(_SCALE.sub(lambda scale: " " * len(scale[0]), reply), options)
+
+
+def _unmarked(reply: str, options: Sequence[str]) -> Named | None:
     scale = r"(?!(?:(?<=out of )|(?<=\d of )|(?<=/ ))\d)"  # "a mark of 4" is no scale's end
-    return _last(reply, options, before=rf"(?<![\w./-]){scale}", after=r"(?!\w)(?![.,]\d)(?!%)(?!/\D)")
+    before, after = rf"(?<![\w./-]){scale}", r"(?!\w)(?![.,]\d)(?!%)(?!/\D)"
+    if results := _named(reply, options, r"\[RESULT\]\s{0,9}", after):
+        return results[-1]
+    if alone := _named(reply, options, rf"^{_OPEN}(?:{_LABEL}{_OPEN})?", rf"{_OUT_OF}{_CLOSE}$"):
+        return alone[-1] if _agree(alone) else None
+    for first in _named(reply, options, rf"\A\s{{0,9}}{_OPEN}", after):
+        option = options[first.option]
+        # "A, B: ..." and "1. ..." may begin a list.
+        if (_BECAUSE if len(option) == 1 or option.isdigit() else _PAUSE).match(reply, first.stop):
+            return first
+    named = _named(reply, options, before, after)
+    sure = [
+        n
+        for n in named
+        if not _before_noun(reply, n, options) and not _NOT.search(reply, n.start - 20, n.start)
+    ]
+    return sure[-1] if sure and _agree(named) else None
+
+
+# What may stand around an option: the decoration of `**A**.`, whose it is, of how many it is.
+_OPEN, _CLOSE = r"[ \t\"'*_`#>(\[]{0,20}", r"[ \t\"'*_`)\].!,]{0,20}"
+_LABEL = (
+    r"(?i:(?:(?:my|the|so|final|overall|better|best)\s){0,3}"
+    r"(?:answer|verdict|rating|score|mark|grade|result|choice|decision|winner)[ *_]{0,4}(?::|\sis:?))"
+)
+_OUT_OF = r"(?:\s{0,3}(?:/|out of|of)\s{0,3}\d{1,4})?"
+_SCALE = re.compile(
+    r"(?<![\w.,/-])(?:\d{1,4}\s{0,3}[-\u2013\u2014]\s{0,3}\d{1,4}|\d{1,4}[\s-]{1,3}(?:to|through)[\s-]{1,3}\d{1,4}"
+    r"|(?<=between )\d{1,4}\s{1,3}and\s{1,3}\d{1,4})(?![\w/])(?![.,]\d)"
+)
+_PAUSE = re.compile(r"[*_\"'`)]{0,4}(?:[.,;!\n]|\s{0,3}[\u2013\u2014]|\s{1,3}-)")
+_BECAUSE = re.compile(r"[*_\"'`)]{0,4}[.,;]?\s{0,3}(?:[-\u2013\u2014]\s{0,3})?(?:because|since)\b", re.I)
+_NOT = re.compile(r"(?:\bnot|n't)\s{1,3}[\"'*_(]{0,4}\Z", re.I)
+# A word, but for those that may follow a verdict and are no noun.
+_NOUN = re.compile(
+    r"\s{1,3}(?!(?:is|was|wins|because|since|as|on|out of|overall|stars?)\b|of \d)[^\W\d_]", re.I
+)
+
+
+def _before_noun(reply: str, named: Named, options: Sequence[str]) -> bool:
+    """Whether the option may be the article or the count of the word that follows."""
+    option = options[named.option]
+    counts = len(option) == 1 or option.isdigit() or option.lower() == "no"
+    return counts and _NOUN.match(reply, named.stop) is not None
+
+
+def _agree(named: Sequence[Named]) -> bool:
+    return len({n.option for n in named}) == 1
+
+
+def begins(option: str, word: str) -> bool:
+    """Whether what a judge wrote is the option, or the first of it."""
+    return option.startswith(word) or (len(option) > 1 and option.lower().startswith(word.lower()))
 
 
 def _same(said: str, option: str) -> bool:
@@ -180,17 +251,18 @@ def _same(said: str, option: str) -> bool:
     return said == option or (len(option) > 1 and said.lower() == option.lower())
 
 
-def _last(
-    reply: str, options: Sequence[str], before: str, after: str, index: int | None = None
-) -> Named | None:
-    found = [
-        Named(i if index is None else index, *match.span("option"))
-        for i, option in enumerate(options)
-        for match in re.finditer(
-            f"{before}(?P<option>{re.escape(option)}){after}", reply, re.I if len(option) > 1 else 0
-        )
-    ]
-    return max(found, key=lambda named: (named.stop, -named.start), default=None)
+def _named(reply: str, options: Sequence[str] | Mapping[int, str], before: str, after: str) -> list[Named]:
+    """Where options stand between these patterns, in order; not those inside a longer one (`good` in `very good`)."""
+    found = []
+    for i, option in enumerate(options) if not isinstance(options, Mapping) else options.items():
+        word = re.escape(option) if len(option) == 1 else f"(?i:{re.escape(option)})"
+        pattern = f"{before}(?P<option>{word}){after}"
+        found += [Named(i, *match.span("option")) for match in re.finditer(pattern, reply, re.M)]
+    whole: list[Named] = []
+    for named in sorted(found, key=lambda n: (n.start, -n.stop)):
+        if not whole or named.stop > whole[-1].stop:
+            whole.append(named)
+    return whole
 
 
 # --- two answers --------------------------------------------------------------------------------------------

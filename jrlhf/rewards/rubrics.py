@@ -1,10 +1,11 @@
 """Rubrics: criteria in a file, a judge's word on each of them, and one score of an answer (docs/rubrics.md)."""
 
+import json
 import math
 import re
 import tomllib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -117,17 +118,19 @@ def load_rubric(path: str) -> Rubric:
     """The rubric in a TOML or JSON file; UserError names the file and the criterion that is wrong."""
     if Path(path).suffix not in (".toml", ".json"):
         raise UserError(f"{path}: a rubric is a .toml or a .json file")
-    return parse_rubric(read_json(path) if path.endswith(".json") else _read_toml(path), path)
+    return parse_rubric(_read(path), path)
 
 
-def _read_toml(path: str) -> Any:
+def _read(path: str) -> Any:
+    kind = Path(path).suffix
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark before the first line
+        return tomllib.loads(text) if kind == ".toml" else json.loads(text)
     except FileNotFoundError:
-        near = [p.name for p in Path(path).parent.glob("*.toml")]
+        near = [p.name for p in Path(path).parent.glob(f"*{kind}")]
         raise UserError(f"{path}: no such file.{did_you_mean(Path(path).name, near)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
+    except (ValueError, RecursionError) as error:  # a text of the language, and of UTF-8
+        raise UserError(f"{path}: not valid {kind[1:].upper()} ({error})") from None
 
 
 def parse_rubric(data: Any, where: str) -> Rubric:
@@ -259,8 +262,10 @@ def check_rubric_template(template: str, how: How) -> None:
         raise UserError(f"template: {{{missing[0]}}} is missing, which how {how!r} needs")
 
 
-def one_of(options: Sequence[str]) -> str:
-    """`yes or no`, `1, 2 or 3`."""
+def one_of(options: Sequence[str], marked: bool = False) -> str:
+    """`yes or no`, `1, 2 or 3`; marked: `[[yes]] or [[no]]`."""
+    if marked:
+        options = [f"[[{option}]]" for option in options]
     return f"{', '.join(options[:-1])} or {options[-1]}"
 
 
@@ -283,11 +288,19 @@ class RubricScorer:
     marks: tuple[str, ...] = MARKS
     clip: bool = True
     fallback: float | None = None  # how far what the judge has no verdict on is met; None: that is an error
+    marked: bool = (
+        False  # {options} are asked for in double brackets: the judge replies in text that is parsed
+    )
+    taken: Collection[
+        str
+    ] = ()  # names that no criterion may have: as parts they would be taken for something else
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Scores:
         """[N] values; `parts` how far each criterion is met that all the answers have in common (explicit), `failed`
         where a verdict is missing."""
         rubrics = self.check_rows(rows)
+        if not rubrics:
+            return Scores(np.zeros(0, np.float32))
         if self.how == "holistic":
             met, failed = self._filled(self._marks(prompts, completions, rubrics))
             return Scores(met.astype(np.float32), failed=failed)
@@ -321,7 +334,12 @@ class RubricScorer:
             if own not in self.rubrics:
                 raise UserError(f"{where} {own!r} is none of `rubrics`.{did_you_mean(own, self.rubrics)}")
             return self.rubrics[own]
-        return parse_rubric(own, where)
+        rubric = parse_rubric(own, where)
+        if taken := [name for name in rubric.names if name in self.taken]:
+            raise UserError(
+                f"{where}: {taken[0]!r} cannot name a criterion, for reward/{taken[0]}/mean is something else"
+            )
+        return rubric
 
     def _criteria(self, prompts, completions, rubrics) -> list[np.ndarray]:
         """How far each criterion of each answer is met, NaN where there is no verdict. Criteria with the same options
@@ -338,7 +356,7 @@ class RubricScorer:
                     question=prompts[n],
                     answer=completions[n],
                     criterion=rubrics[n].criteria[c].text,
-                    options=one_of(options),
+                    options=one_of(options, self.marked),
                 )
                 for n, c in places
             ]
@@ -349,7 +367,7 @@ class RubricScorer:
 
     def _marks(self, prompts, completions, rubrics) -> np.ndarray:
         questions = [
-            fill(self.template, question=q, answer=a, rubric=r.text, options=one_of(self.marks))
+            fill(self.template, question=q, answer=a, rubric=r.text, options=one_of(self.marks, self.marked))
             for q, a, r in zip(prompts, completions, rubrics, strict=True)
         ]
         said = checked(self.judge.verdicts(questions, self.marks), len(questions), self.marks, self.name)

@@ -103,6 +103,8 @@ class LocalJudge:
         """[N, K] float64: the softmax over the logits of the options' first tokens."""
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         verdicts = verdict_ids(tokenizer, options)
+        if not questions:
+            return np.zeros((0, len(options)))
         ids = self._encoded(questions, model.config.context)
         batch = pad_batch(ids, _padded(max(map(len, ids)), model), "right", tokenizer.pad_id)
         f = lambda rows: verdict_logits(model, verdicts, self.loaded.params, rows["tokens"], rows["mask"])  # noqa: E731
@@ -195,11 +197,18 @@ class JudgeReward:
 
     def check_rows(self, rows: Sequence[dict]) -> None:
         """UserError for a row without the reference with which a template of two answers compares."""
+        if not check_template(self.template):
+            return
         for n, row in enumerate(rows, 1):
-            if check_template(self.template) and "answer" not in row:
+            reference = row.get("answer")
+            if not isinstance(reference, str):
+                found = (
+                    "has no field 'answer'"
+                    if "answer" not in row
+                    else f"has {reference!r:.40} as its 'answer'"
+                )
                 raise UserError(
-                    f"reward {self.name!r}: prompt {n} has no field 'answer', the reference with which a template "
-                    "of two answers compares"
+                    f"reward {self.name!r}: prompt {n} {found}; a template of two answers compares with that text"
                 )
 
     def compare(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,7 @@ interface."""
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -108,7 +108,9 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
         try:
             said = function(texts.prompts, texts.completions, texts.rows)
             if inspect.isawaitable(said):
-                said = asyncio.run(_result(said))
+                # In a thread of its own, for a notebook has a running event loop already.
+                with ThreadPoolExecutor(1) as pool:
+                    said = pool.submit(asyncio.run, _result(said)).result()
         except Exception as error:
             error.add_note(f"It was raised by the reward {name!r}.")
             raise
@@ -143,15 +145,25 @@ def checked(name: str, scores: Scores, n: int) -> Scores:
     for what, flag in said.items():
         if flag.shape != (n,):
             raise UserError(f"reward {name!r}: {what!r} has shape {flag.shape}; expected {n} bools")
-    if scores.tokens is not None and (np.ndim(scores.tokens) != 2 or np.isinf(scores.tokens).any()):
-        raise UserError(
-            f"reward {name!r}: `tokens` must be [{n}, R], finite or NaN where nothing is said of a token"
-        )
+    if scores.tokens is not None:
+        tokens = _array(f"`tokens` of reward {name!r}", scores.tokens)
+        if tokens.ndim != 2 or len(tokens) != n or np.isinf(tokens).any():
+            raise UserError(
+                f"reward {name!r}: `tokens` must be [{n}, R], finite or NaN where nothing is said of a token; got "
+                f"{tokens.shape}"
+            )
     return scores._replace(values=values, parts=parts, **said)
 
 
+def _array(what: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} returned something else than numbers: {error}") from None
+
+
 def _numbers(what: str, given: Any, n: int) -> np.ndarray:
-    values = np.asarray(given, np.float32)
+    values = _array(what, given)
     if values.shape != (n,):
         raise UserError(f"{what} returned shape {values.shape}; expected {n} numbers, one for each answer")
     if not np.isfinite(values).all():
@@ -168,8 +180,9 @@ def score_metrics(name: str, scores: Scores, before: str = "") -> dict[str, Any]
     reward that is only watched, whose parts may be called as those of the one that is learned from."""
     metrics: dict[str, Any] = {}
     for part, values in scores.parts.items():
-        metrics[f"reward/{before}{part}/mean"] = jnp.mean(values)
-        metrics[f"reward/{before}{part}/std"] = jnp.std(values)
+        # NaN: it was not asked about this answer.
+        metrics[f"reward/{before}{part}/mean"] = jnp.nanmean(values)
+        metrics[f"reward/{before}{part}/std"] = jnp.nanstd(values)
     for part, (failed, timed_out) in unscored(name, scores).items():
         part = part if part == name else before + part
         if failed is not None:
@@ -309,6 +322,17 @@ def check_all(rewards: Sequence[Reward]) -> Callable[[Sequence[dict]], None]:
     return check
 
 
+def check_groups(name: str, parts: Mapping[str, Reward]) -> Callable[[Sequence[dict]], None]:
+    """Of a mix by group, each part of which reads the rows of its own group."""
+
+    def check(rows: Sequence[dict]) -> None:
+        chosen = group_numbers(name, [*parts], rows)
+        for i, reward in enumerate(parts.values()):
+            reward.check([row for row, part in zip(rows, chosen, strict=True) if part == i])
+
+    return check
+
+
 def trained_range(meta: dict[str, Any]) -> tuple[float, float] | None:
     """What a reward model's note says of its `range`, normalised as its scores are."""
     norm = meta.get("normalization", {})
@@ -426,6 +450,24 @@ def scores_of(rewards: Sequence[Reward], rollout: Rollout, texts: Texts | None, 
         ]
 
 
+def scores_of_rows(reward: Reward, samples: Rollout, texts: Texts, index: np.ndarray, mesh: Mesh) -> Scores:
+    """Of some rows [n] of a rollout on the host, results on the host. A reader of text is asked about these alone: the
+    others may lack what it reads."""
+    if not len(index):
+        return Scores(np.zeros(0, np.float32))
+    take = lambda tree: jax.tree.map(lambda x: x[index], tree)  # noqa: E731
+    if not reward.needs_text:  # of all rows, so that nothing recompiles
+        return take(on_host_scores(reward, samples, texts, mesh))
+    of = lambda column: [column[i] for i in index]  # noqa: E731
+    some = Texts(of(texts.prompts), of(texts.completions), of(texts.rows), of(texts.ids))
+    return on_host_scores(reward, take(samples), some, mesh)
+
+
+def whole_parts(scores: Scores) -> dict[str, Array]:
+    """The parts that say something of every answer (those of a mix by group do not)."""
+    return {name: part for name, part in scores.parts.items() if not np.isnan(fetch(part)).any()}
+
+
 def on_host_scores(reward: Reward, samples: Rollout, texts: Texts | None, mesh: Mesh) -> Scores:
     """Of a rollout on the host, results on the host."""
     if reward.needs_text:
@@ -453,12 +495,11 @@ def mixed_reward(
     reads_text = how in ("by_group", "product") or any(r.needs_text for r in rewards)
 
     def score(rollout: Rollout, texts: Texts | None) -> Scores:
-        said = scores_of(rewards, rollout, texts, mesh)
-        values = [s.total for s in said]
-        chosen = None
         if how == "by_group":
             assert texts is not None
-            chosen = group_numbers(name, names, texts.rows)
+            return score_by_group(fetch(rollout), texts)
+        said = scores_of(rewards, rollout, texts, mesh)
+        values = [s.total for s in said]
         if how == "product":
             for reward, some in zip(rewards, values, strict=True):
                 if np.min(fetch(some)) < 0:
@@ -466,7 +507,7 @@ def mixed_reward(
                         f"reward {name!r} is a product, but its part {reward.name!r} gave {np.min(fetch(some)):g}: "
                         "only rewards that are never negative can be multiplied"
                     )
-        total = jitted_mix(jnp.stack(values), how, weights, mean, std, gates, chosen)
+        total = jitted_mix(jnp.stack(values), how, weights, mean, std, gates)
         return Scores(
             total,
             parts={r.name: v for r, v in zip(rewards, values, strict=True)}
@@ -478,11 +519,32 @@ def mixed_reward(
             },
         )
 
-    def check(rows: Sequence[dict]) -> None:
-        check_all(rewards)(rows)
-        if how == "by_group":
-            group_numbers(name, names, rows)
+    def score_by_group(samples: Rollout, texts: Texts) -> Scores:
+        """Each part of its own rows. It is NaN of the others, and not there where it has none."""
+        chosen, n = group_numbers(name, names, texts.rows), len(texts.rows)
+        values = np.zeros((len(rewards), n), np.float32)
+        parts: dict[str, np.ndarray] = {}
+        faults: dict[str, tuple] = {}
+        flags = {"failed": np.zeros(n, bool), "timed_out": np.zeros(n, bool)}
+        can = dict.fromkeys(flags, False)
+        for i, reward in enumerate(rewards):
+            mine = np.flatnonzero(chosen == i)
+            said = scores_of_rows(reward, samples, texts, mine, mesh)
+            values[i, mine] = said.total
+            faults |= unscored(reward.name, said)
+            for what, flag in flags.items():
+                if (own := getattr(said, what)) is not None:
+                    flag[mine], can[what] = own, True
+            of_part = {reward.name: said.total} | {f"{reward.name}.{k}": v for k, v in said.parts.items()}
+            for k, v in of_part.items() if len(mine) else ():
+                parts[k] = np.full(n, np.nan, np.float32)
+                parts[k][mine] = v
+        total = jitted_mix(values, how, weights, mean, std, gates, chosen)
+        told = {what: flag if can[what] else None for what, flag in flags.items()}
+        return Scores(total, parts=parts, unscored=faults, **told)
 
+    by_name = dict(zip(names, rewards, strict=True))
+    check = check_groups(name, by_name) if how == "by_group" else check_all(rewards)
     return Reward(name, reads_text, score, check=check)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jrlhf.config import from_dict
+from jrlhf.metrics import DRIVER_REWARDS
+from jrlhf.rewards.endpoint import Endpoint
 from jrlhf.rewards.judges import Judge
 from jrlhf.rewards.rubrics import RubricScorer, parse_rubric
 from jrlhf.training.artifacts import load_model
@@ -18,10 +20,14 @@ def rubric_scorer(
     """Of the stage of `folder`. Its model's folder lies beside; an endpoint's replies are kept in `answers`, by default
     in its own folder."""
     judge: Judge
+    marked = (
+        False  # a local model replies by one token, which is no bracket; a program is asked in plain words
+    )
     if "model" in noted:
         judge = LocalJudge(name, load_model(folder.parent / noted["model"], mesh), mesh)
     else:
-        judge = make_judge(from_dict(Asked, noted["asked"]).by, answers or folder / ANSWERS)
+        by = from_dict(Asked, noted["asked"]).by
+        judge, marked = make_judge(by, answers or folder / ANSWERS), isinstance(by, Endpoint)
     read = lambda data: None if data is None else parse_rubric(data, str(folder))  # noqa: E731
     return RubricScorer(
         name,
@@ -33,4 +39,6 @@ def rubric_scorer(
         marks=tuple(noted["marks"]),
         clip=noted["clip"],
         fallback=noted["fallback"],
+        marked=marked,
+        taken=DRIVER_REWARDS,
     )

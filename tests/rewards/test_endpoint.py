@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from email.utils import formatdate
 
@@ -71,6 +71,7 @@ def test_a_verdict_is_what_the_reply_names_and_a_reply_without_one_abstains(serv
         "completion_tokens": 6,
         "cost": pytest.approx((30 * 3 + 6 * 15) / 1e6),
         "abstentions": 1,
+        "cut_off": 0,
         "hard_verdicts": 0,
     }
     assert server.bodies[0] == {
@@ -80,6 +81,28 @@ def test_a_verdict_is_what_the_reply_names_and_a_reply_without_one_abstains(serv
         "max_tokens": 512,
     }
     assert "Authorization" not in server.headers[0]
+
+
+def cut(text, reason="length"):
+    whole = completion(text)
+    return whole | {"choices": [whole["choices"][0] | {"finish_reason": reason}]}
+
+
+def test_a_thought_that_was_cut_short_is_no_verdict(serve, judge):
+    replies = {
+        "half": cut("Answer A is right. Now let me look at B"),
+        "filtered": cut("I think A is better.", "content_filter"),
+        "marked": cut("[[A]] because"),
+        "short": cut("A"),
+        "whole": cut("I think A is better.", "stop"),
+    }
+    server = serve(lambda q, n: replies[q])
+    for _ in range(2):  # the second time from the disk
+        asking = judge(server)
+        said = asking.verdicts(list(replies), AB)
+        np.testing.assert_array_equal(said[:, 0], [np.nan, np.nan, 1, 1, 1])
+        assert (asking.counts()["abstentions"], asking.counts()["cut_off"]) == (2, 2)
+    assert {*server.asked.values()} == {1}
 
 
 def test_votes_are_averaged_without_those_that_abstain(serve, judge):
@@ -126,6 +149,7 @@ def test_log_probabilities_make_a_soft_verdict(serve, judge):
         (("yes", "no"), "Yes.", [("Yes", {"Yes": -0.1, "no": -2.0}), (".", {})], "A over B"),
         (("1", "10"), "1", [("1", {"1": -0.1, "2": -2.0})], None),  # one token begins both
         (AB, "A", [("A", {"C": -0.1})], None),  # no option among the likeliest
+        (AB, "A", [("A", {"B": -2.0, "x": -0.1})], None),  # not the one that the text names
         (AB, "A", [("B", {"A": -0.1})], None),  # tokens of another text
         (AB, "A", None, None),
     ],
@@ -206,6 +230,14 @@ def test_retry_after_is_seconds(header, seconds):
     assert retry_after(header) == seconds
 
 
+@pytest.mark.parametrize("header", ["0", "0.01", "Wed, 21 Oct 2015 07:28:00 GMT", "soon", "-3"])
+def test_no_server_can_ask_for_a_flood(judge, serve, header):
+    asking = judge(serve(lambda q, n: completion("A")), backoff=1.0, max_wait=5.0)
+    assert min(asking._wait(3, retry_after(header)) for _ in range(50)) >= 2.0
+    assert asking._wait(1, 4.0) == 4.0
+    assert asking._wait(1, 86400.0) == 5.0
+
+
 def test_retry_after_may_be_a_date():
     assert retry_after(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
@@ -230,6 +262,30 @@ def test_what_no_retry_mends_is_an_error_at_once(serve, judge, status):
     assert asking.counts()["requests"] == 1
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_question_that_is_refused_while_others_are_answered_has_no_verdict(serve, judge, status):
+    no = (status, {}, b'{"error": "too long"}')
+    server = serve(lambda q, n: no if q.startswith("long") else completion("A"))
+    asking = judge(server, concurrency=2, give_up_after=3)
+    said = asking.verdicts(["long", "q1", "q2"], AB)  # whichever comes first
+    np.testing.assert_array_equal(said, [[np.nan, np.nan], [1, 0], [1, 0]])
+    assert asking.counts()["failures"] == 1
+    asking = judge(server, concurrency=1, give_up_after=3)  # as a later process knows from the file
+    assert np.isnan(asking.verdicts(["long", "long 2"], AB)).all()
+    assert server.asked == {"long": 2, "q1": 1, "q2": 1, "long 2": 1}  # none is tried again at once
+    with pytest.raises(UserError, match=r"3 questions in a row had no answer .*too long"):
+        asking.verdicts(["long 3"], AB)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_key_that_is_refused_stops_the_run_whatever_was_answered(serve, judge, status):
+    server = serve(lambda q, n: completion("A") if q == "q" else (status, {}, b""))
+    asking = judge(server)
+    asking.verdicts(["q"], AB)
+    with pytest.raises(UserError, match=f"HTTP {status}"):
+        asking.verdicts(["r"], AB)
+
+
 def test_questions_that_fail_have_no_verdict_and_the_others_do(serve, judge):
     server = serve(lambda q, n: (500, {}, b"") if q == "bad" else completion("A"))
     asking = judge(server)
@@ -245,6 +301,10 @@ def test_a_dead_endpoint_stops_the_run(serve, judge):
     with pytest.raises(UserError, match=r"3 questions in a row had no answer \(the last: HTTP 500\)"):
         asking.verdicts([f"q{n}" for n in range(50)], AB)
     assert sum(server.asked.values()) == 3
+    asking = judge(server, retries=0, give_up_after=3)
+    assert np.isnan(asking.verdicts(["a1", "b1"], AB)).all()
+    with pytest.raises(UserError, match="3 questions in a row"):  # also over small batches
+        asking.verdicts(["a2", "b2"], AB)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens
         server.url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -355,6 +415,7 @@ def test_a_reply_that_is_none_is_a_failure(serve, judge, lie):
         ({"choices": completion("A")["choices"]}, 1.0),
         (completion("A", logprobs(("A", {"A": float("nan"), "B": -1.0}))), 1.0),
         (completion("A", logprobs(("A", {"A": 3.0, "B": -1.0}))), 1.0),
+        (completion("A", logprobs(("A", {"A": -(10**400)}))), 1.0),
         (completion("A", {"content": "A"}), 1.0),
         (completion("A", {"content": [{"token": "A", "top_logprobs": {"A": 1}}]}), 1.0),
         (completion("A", ["no"]), 1.0),
@@ -425,6 +486,62 @@ def test_a_file_that_is_no_store_of_answers_is_named(serve, judge, tmp_path):
     (tmp_path / "answers.sqlite").write_text("certainly no database, nor anything like it" * 100)
     with pytest.raises(UserError, match=r"answers\.sqlite: stored answers that cannot be read"):
         judge(serve(lambda q, n: completion("A"))).verdicts(["q"], AB)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "UPDATE answers SET text = NULL",
+        "UPDATE answers SET text = x'ff'",
+        "UPDATE answers SET text = CAST(x'ff' AS TEXT)",
+        "UPDATE answers SET tokens = '{'",
+        "UPDATE answers SET tokens = 5",
+        "UPDATE answers SET tokens = '[5]'",
+        "UPDATE answers SET tokens = '[[\"A\", 5]]'",
+        'UPDATE answers SET tokens = \'[["A", {"A": 1' + "0" * 400 + "}]]'",
+        "DROP TABLE answers; CREATE TABLE answers (other TEXT)",
+    ],
+)
+def test_stored_answers_that_are_none_are_named(serve, judge, tmp_path, harm):
+    asking = judge(serve(lambda q, n: completion("A")))
+    asking.verdicts(["q"], AB)
+    with closing(sqlite3.connect(tmp_path / "answers.sqlite")) as db:
+        db.executescript(harm)
+    with pytest.raises(
+        UserError, match=r"answers\.sqlite: stored answers that cannot be read .*; move it away"
+    ):
+        asking.verdicts(["q"], AB)
+
+
+def test_a_damaged_file_of_answers_is_named(serve, judge, tmp_path):
+    asking = judge(serve(lambda q, n: completion("A")))
+    asking.verdicts([f"q{n}" for n in range(200)], AB)
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + bytes(path.stat().st_size - 4096))
+    with pytest.raises(
+        UserError, match=r"answers\.sqlite: stored answers that cannot be read .*; move it away"
+    ):
+        asking.verdicts(["q1", "q150"], AB)
+    with pytest.raises(UserError, match=r"answers\.sqlite: stored answers"):
+        asking.counts()
+
+
+def test_counts_that_are_none_are_named(serve, judge, tmp_path):
+    asking = judge(serve(lambda q, n: completion("A")))
+    asking.verdicts(["q"], AB)
+    with closing(sqlite3.connect(tmp_path / "answers.sqlite")) as db:
+        db.executescript("UPDATE counts SET n = 'many'")
+    with pytest.raises(UserError, match=r"answers\.sqlite: stored answers"):
+        asking.counts()
+
+
+def test_answers_from_before_cut_replies_were_noted_can_be_read(serve, judge, tmp_path):
+    server = serve(lambda q, n: completion("A"))
+    judge(server).verdicts(["q"], AB)
+    with closing(sqlite3.connect(tmp_path / "answers.sqlite")) as db:
+        db.executescript("DROP TABLE cut")
+    np.testing.assert_array_equal(judge(server).verdicts(["q"], AB), [[1, 0]])
+    assert server.asked["q"] == 1
 
 
 # --- the key ------------------------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from jrlhf.rewards.judges import (
     position_bias,
 )
 
-AB, TEN = ("A", "B"), tuple(str(n) for n in range(1, 11))
+AB, YES_NO = ("A", "B"), ("yes", "no")
+TEN = tuple(str(n) for n in range(1, 11))
+FIVE = TEN[:5]
 TEMPLATE = "{question} | {answer_a} | {answer_b}"
 
 
@@ -30,7 +32,29 @@ TEMPLATE = "{question} | {answer_a} | {answer_b}"
     [
         ("A", AB, "A"),
         (" a better answer is B.", AB, "B"),  # an article is no verdict
-        ("First I liked A, but B it is", AB, "B"),
+        ("First I liked A, but B it is", AB, None),
+        ("A is better than B.", AB, None),
+        ("I think A is better.", AB, "A"),
+        ("A better answer would name its source.", AB, None),
+        ("It is not A.", AB, None),
+        ("A because B is worse", AB, "A"),
+        ("A, B: neither is good", AB, None),
+        ("A: right.\nB: wrong.\n\n**Final answer: A**", AB, "A"),
+        ("B says more than A does.\n\nA\n", AB, "A"),
+        ("A\nsays this.\nB\nsays that.", AB, None),
+        ("Yes. There are no errors in it.", YES_NO, "yes"),
+        ("No, yes would be wrong", YES_NO, "no"),
+        ("There are no errors in it.", YES_NO, None),
+        ("No errors, so yes", YES_NO, None),
+        ("it is NOT met", ("met", "not met"), "not met"),
+        ("it is not met", ("met", "missed"), None),
+        ("a 4 on a scale from 1 to 5.", FIVE, "4"),
+        ("4 on the 1-5 scale", FIVE, "4"),
+        ("between 1 and 5: 3", FIVE, "3"),
+        ("It makes 2 mistakes.", FIVE, None),
+        ("1. It is clear.\n2. It is short.\nI would say 4.", FIVE, None),
+        ("Feedback: 2 of the 3 steps are right. [RESULT] 4", FIVE, "4"),
+        ("4\n\nIt makes 2 mistakes.", FIVE, "4"),
         ("[[A]] rather than B", AB, "A"),
         ("[[A]] ... no, [[ B ]]", AB, "B"),
         ("**B**", AB, "B"),
@@ -50,7 +74,7 @@ TEMPLATE = "{question} | {answer_a} | {answer_b}"
         ('{"verdict": true}', ("True", "False"), None),
         ("{not json} B", AB, "B"),
         ("I give it 8/10", TEN, "8"),
-        ("clarity 3, overall 8/10", TEN, "8"),
+        ("clarity 3, overall 8/10", TEN, None),
         ("8 out of 10", TEN, "8"),
         ("8 of 10", TEN, "8"),
         ("8 / 10", TEN, "8"),
@@ -64,7 +88,8 @@ TEMPLATE = "{question} | {answer_a} | {answer_b}"
         ("100", TEN, None),
         ("50%", ("50",), None),
         ("[RESULT] 4", TEN, "4"),
-        ("c++ (x)", ("c++", "(x)"), "(x)"),
+        ("c++ (x)", ("c++", "(x)"), None),
+        ("so (x)", ("c++", "(x)"), "(x)"),
         ("[" * 5000 + "{" * 5000 + "}" * 5000, AB, None),
     ],
 )  # fmt: skip
@@ -76,7 +101,36 @@ def test_the_verdict_of_a_reply(reply, options, option):
 
 
 @pytest.mark.parametrize(
-    "reply", ['{"b": ' + " " * 2**20 + '1.5, "a": "A"}', "[[" * 2**19, "A " * 2**18 + "{", ": " * 2**19]
+    ("reply", "options", "option"),
+    [
+        ("Answer A is right. Now let me look at", AB, None),
+        ("Answer: A\nNow let me look at", AB, None),
+        ("Yes. There are no", YES_NO, None),
+        ("Answer A is right: [[A]]. As to", AB, "A"),
+        ("I am to end with [[A]] or [[B]]. Now", AB, None),
+        ('{"verdict": "B"} since', AB, "B"),
+        (" A", AB, "A"),  # a limit of one token
+        ("Yes.", YES_NO, "yes"),
+        ("1", FIVE, "1"),
+        ("1", TEN, None),  # or 10
+        ("**", AB, None),
+    ],
+)
+def test_of_a_reply_that_is_cut_short_only_what_is_certain_counts(reply, options, option):
+    named = parse_verdict(reply, options, cut=True)
+    assert (named and options[named.option]) == option
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"b": ' + " " * 2**20 + '1.5, "a": "A"}',
+        "[[" * 2**19,
+        "A " * 2**18 + "{",
+        ": " * 2**19,
+        "not 1 to 2 of " * 2**16,
+        "\n" * 2**20,
+    ],
 )
 def test_a_long_reply_takes_no_longer_than_it_is_long(reply):
     start = time.monotonic()
@@ -178,6 +232,9 @@ def test_stored_verdicts(tmp_path):
     said = judge.verdicts(["q2", "q1", "q3", "unknown"], AB)
     np.testing.assert_array_equal(said, [[0.25, 0.75], [0, 1], [np.nan] * 2, [np.nan] * 2])
     np.testing.assert_array_equal(judge.verdicts(["q5"], ("1", "2")), [[1, 0]])
+    assert judge.verdicts([], AB).shape == (0, 2)
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    np.testing.assert_array_equal(judge.verdicts(["q1"], AB), [[0, 1]])
     with pytest.raises(UserError, match="the verdict 'C' is none of the options A, B"):
         judge.verdicts(["q4"], AB)
     with pytest.raises(UserError, match="sum to 1"):

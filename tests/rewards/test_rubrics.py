@@ -169,12 +169,25 @@ def test_the_files_in_the_guides_can_be_read(tmp_path):
     assert [bool(p.critique) and bool(p.choose) for p in principles] == [True] * 4
 
 
+def test_a_mark_before_the_first_line_is_no_text(rubric, tmp_path):
+    for name, text in (("bom.toml", TOML), ("bom.json", json.dumps(rubric.as_json()))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_rubric(str(tmp_path / name)) == rubric
+    path = tmp_path / "principles.txt"
+    path.write_text("# Ours.\n\nBe kind.\n", encoding="utf-8-sig")
+    (kind,) = load_principles(str(path))
+    assert kind.choose == CHOOSE_BY.format(principle="Be kind.")
+
+
 def test_files_that_are_none(tmp_path):
     (tmp_path / "rubric.toml").write_text("[[criteria]\n")
     with pytest.raises(UserError, match=r"rubric.toml: not valid TOML .*line 1"):
         load_rubric(str(tmp_path / "rubric.toml"))
     with pytest.raises(UserError, match=r"rubrik.toml: no such file. Did you mean 'rubric.toml'"):
         load_rubric(str(tmp_path / "rubrik.toml"))
+    (tmp_path / "rubric.json").write_text("{\n'")
+    with pytest.raises(UserError, match=r"rubric.json: not valid JSON .*line 2"):
+        load_rubric(str(tmp_path / "rubric.json"))
     with pytest.raises(UserError, match=r"a .toml or a .json file"):
         load_rubric("rubric.yaml")
 
@@ -232,6 +245,35 @@ def test_a_prompt_may_have_a_rubric_of_its_own(rubric):
         ask(["p"], ["good"], [{"rubric": [{"name": "a", "points": 1}]}])
     with pytest.raises(UserError, match="its row has none"):
         scorer(None, reply)(["p"], ["good"], [{}])
+    taken = scorer(rubric, reply, taken=("score", "more"))
+    with pytest.raises(UserError, match="prompt 2: rubric: 'more' cannot name a criterion"):
+        taken.check_rows(rows)
+
+
+@pytest.mark.parametrize("how", ["explicit", "holistic"])
+def test_options_are_marked_for_a_judge_whose_text_is_parsed(rubric, how):
+    template = EXPLICIT if how == "explicit" else HOLISTIC
+    option = lambda q, o: o[0]  # noqa: E731
+    plain, marked = (scorer(rubric, option, how=how, template=template, marked=m) for m in (False, True))
+    for ask in (plain, marked):
+        ask(["p"], ["good"], [{}])
+    said = [
+        [q.rpartition("Reply with ")[2] for qs, _ in ask.judge.asked for q in qs] for ask in (plain, marked)
+    ]
+    if how == "explicit":
+        assert said == [
+            ["yes or no."] * 2 + ["muddled, plain or lucid."],
+            ["[[yes]] or [[no]]."] * 2 + ["[[muddled]], [[plain]] or [[lucid]]."],
+        ]
+    else:
+        assert said == [["1, 2, 3, 4 or 5."], ["[[1]], [[2]], [[3]], [[4]] or [[5]]."]]
+
+
+@pytest.mark.parametrize("how", ["explicit", "holistic"])
+def test_no_answers_have_no_scores(rubric, how):
+    scores = scorer(rubric, reply, how=how, template=EXPLICIT if how == "explicit" else HOLISTIC)([], [], [])
+    assert scores.values.shape == (0,)
+    assert not scores.parts
 
 
 def test_one_mark_of_the_whole_rubric(rubric):

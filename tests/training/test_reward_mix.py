@@ -1,5 +1,6 @@
 """Rewards of several parts as stages: what trains on them, what is logged, what is refused."""
 
+import asyncio
 import json
 from dataclasses import replace
 
@@ -18,14 +19,18 @@ from jrlhf.training import online
 from jrlhf.training.evaluation import Sampler, score
 from jrlhf.training.rewards import (
     REWARDS,
+    Texts,
     checked,
     fault_rates,
     group_numbers,
     make_reward,
     on_host_scores,
+    score_metrics,
+    stage_reward,
+    whole_parts,
 )
 from jrlhf.training.stages import Evaluate, Part, RewardMix, StepLabels, Verifier
-from jrlhf.types import Scores
+from jrlhf.types import Rollout, Scores
 
 LENGTHS = Part("words", weight=0.5)
 
@@ -142,6 +147,52 @@ def test_a_gate_and_groups_read_the_answers(said):
         ask("signed")
 
 
+def test_a_part_by_group_is_asked_about_its_own_rows_alone(tmp_path, monkeypatch):
+    """The rows of other groups may lack what it reads (a problem's answer, say)."""
+    asked = []
+
+    def marked(prompts, completions, rows):
+        asked.append([row["answer"] for row in rows])
+        return Scores(np.arange(len(rows), dtype=np.float32), parts={"inner": np.ones(len(rows), np.float32)},
+                      failed=np.ones(len(rows), bool), timed_out=np.zeros(len(rows), bool))  # fmt: skip
+
+    def has_answer(rows):
+        for n, row in enumerate(rows, 1):
+            if "answer" not in row:
+                raise UserError(f"prompt {n} has no field 'answer'")
+
+    marked.check_rows = has_answer
+    monkeypatch.setitem(REWARDS, "marked", marked)
+    part = lambda program: {"program": program, "weight": 2.0, "gate": None, "mean": 1.0, "std": 0.5}  # noqa: E731
+    (tmp_path / "mix.json").write_text(
+        json.dumps(
+            {
+                "how": "by_group",
+                "parts": {"math": part("marked"), "chat": part("words"), "code": part("ended")},
+            }
+        )
+    )
+    reward = stage_reward("mix", tmp_path, None, None)
+    rows = [{"group": g} | ({"answer": "1"} if g == "math" else {}) for g in ("chat", "math", "chat", "math")]
+    reward.check(rows)
+    with pytest.raises(UserError, match="no field 'answer'"):
+        reward.check([*rows, {"group": "math"}])
+    nothing = np.zeros((4, 2))
+    rollout = Rollout(nothing, nothing, nothing, nothing, np.zeros(4, bool))
+    texts = Texts(["p"] * 4, ["a b", "x", "a", "y"], rows, [[1]] * 4)
+    said = reward.score(rollout, texts)
+    assert asked == [["1", "1"]]
+    np.testing.assert_allclose(said.values, [2 * (2 - 1) / 0.5, 2 * (0 - 1) / 0.5, 0.0, 0.0])
+    assert said.failed.tolist() == [False, True, False, True]
+    assert {"math", "chat", "math.inner"} == set(said.parts)  # nobody asked about code
+    np.testing.assert_array_equal(np.isnan(said.parts["math"]), [True, False, True, False])
+    metrics = score_metrics("mix", said)
+    assert metrics["reward/chat/mean"] == pytest.approx(1.5)
+    assert metrics["reward/math/mean"] == pytest.approx(0.5)
+    assert metrics["reward/math/fail_rate"] == 1  # of those that it was asked about
+    assert whole_parts(said) == {}
+
+
 def test_what_learns_from_a_mix_logs_every_part(left):
     first = jsonl(left["rloo"] / "metrics.jsonl")[0]
     total = 0.5 * first["reward/length/mean"] - 2 * first["reward/learned/mean"]
@@ -184,6 +235,16 @@ def test_an_error_says_which_reward_raised_it(monkeypatch, said):
     assert "by the reward 'broken'" in error.value.__notes__[0]
 
 
+def test_an_async_reward_within_a_running_event_loop(said):
+    """A notebook has one."""
+    ask, _ = said
+
+    async def cell():
+        return ask("ended").values
+
+    np.testing.assert_array_equal(asyncio.run(cell()), ask("ended").values)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -191,6 +252,9 @@ def test_an_error_says_which_reward_raised_it(monkeypatch, said):
         (np.array([1, np.nan, 2]), r"1 of 3 values that are not finite, the first \(nan\) for answer 2"),
         (Scores(np.ones(3), {"p": np.ones((3, 1))}), "part 'p' of reward 'mine'"),
         (Scores(np.ones(3), failed=np.zeros(2, bool)), "'failed' has shape"),
+        (Scores(np.ones(3), tokens=np.zeros((1, 5))), r"must be \[3, R\], .* got \(1, 5\)"),
+        (["a", "b", "c"], "reward 'mine' returned something else than numbers"),
+        ([[1], [1, 2], [1]], "reward 'mine' returned something else than numbers"),
     ],
 )
 def test_what_a_reward_returns_is_checked(values, message):

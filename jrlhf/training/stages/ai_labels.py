@@ -24,7 +24,7 @@ from jrlhf.config import (
 from jrlhf.data.chat import prompt_text
 from jrlhf.data.schema import rounded_ranks
 from jrlhf.metrics import progress
-from jrlhf.ops.agreement import cohen_kappa
+from jrlhf.ops.agreement import cohen_kappa, in_both_orders
 from jrlhf.ops.intervals import bootstrap_interval, wilson_interval
 from jrlhf.rewards.judges import Comparison, check_template, decide, position_bias
 from jrlhf.sharding import make_mesh
@@ -177,7 +177,8 @@ def judge_report(rows: Sequence[dict], pairs: Pairs, said: Comparison, margin: f
     Wilson's of single shares, and by resampling prompts where pairs of one prompt may hang together.
 
     agreement: the share of equal choices where neither is tied; agreement_with_ties: of all pairs with a verdict
-    (the two setups of Zheng et al. 2023, table 5); kappa: Cohen's, over first, tie, second.
+    (the two setups of Zheng et al. 2023, table 5); kappa: Cohen's, over first, tie, second, of every pair in both
+    orders.
     """
     ranks = lambda which: np.asarray([rows[n]["ranks"][k] for n, k in zip(pairs.row, which, strict=True)])  # noqa: E731
     human = np.sign(ranks(pairs.second) - ranks(pairs.first)).astype(np.float64)
@@ -186,7 +187,7 @@ def judge_report(rows: Sequence[dict], pairs: Pairs, said: Comparison, margin: f
     prompts = np.unique([prompt_text(row["prompt"]) for row in rows], return_inverse=True)[1][pairs.row]
     same = judge == human
     share = lambda of: _estimate(lambda i: float(np.mean(same[i])), np.flatnonzero(of), prompts)  # noqa: E731
-    kappa = lambda i: cohen_kappa(human[i], judge[i])  # noqa: E731
+    kappa = lambda i: cohen_kappa(in_both_orders(human[i]), in_both_orders(judge[i]))  # noqa: E731
     report: dict[str, Any] = {
         "pairs": len(judge),
         "abstained": _share(int(np.sum(~known)), len(judge)),

@@ -24,7 +24,7 @@ from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
 from jrlhf.training.evaluation import score
-from jrlhf.training.rewards import fault_rates, make_reward, on_host_scores
+from jrlhf.training.rewards import fault_rates, make_reward, on_host_scores, whole_parts
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -89,7 +89,7 @@ class BestOfN(MeshStage):
         curves = {name: {str(m): best_of_n(proxy, v, m).tolist() for m in ns} for name, v in values.items()}
         by_part = {
             part: {str(m): best_of_n(by_prompt(said), values["gold"], m).tolist() for m in ns}
-            for part, said in (scores.parts if self.gold else {}).items()
+            for part, said in (whole_parts(scores) if self.gold else {}).items()
         }
         table = {
             "prompts": [prompt_text(row["prompt"]) for row in rows],

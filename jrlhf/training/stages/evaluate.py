@@ -39,6 +39,7 @@ from jrlhf.training.rewards import (
     make_reward,
     on_host_scores,
     read_texts,
+    whole_parts,
 )
 from jrlhf.training.stages.best_of_n import best_of_n_table
 from jrlhf.training.stages.common import (
@@ -219,7 +220,7 @@ class Evaluate(MeshStage):
                 "ended": self._by_prompt(samples.ended),
             },
             texts,
-            said.parts,
+            whole_parts(said),
         )
 
     def _samples(self, kept: dict, prompts: list[str]) -> list[dict]:

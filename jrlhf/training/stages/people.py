@@ -12,7 +12,15 @@ from rich.console import Console
 
 from jrlhf.config import PREFERENCES, Source, Stage, StageContext, UserError, stage_ref
 from jrlhf.data.labelers import Votes, aggregated, votes_of
-from jrlhf.ops.agreement import Triples, alpha_of_counts, cohen_kappa, raw_agreement, retest, transitivity
+from jrlhf.ops.agreement import (
+    Triples,
+    alpha_of_counts,
+    cohen_kappa,
+    in_both_orders,
+    raw_agreement,
+    retest,
+    transitivity,
+)
 from jrlhf.ops.reliability import bradley_terry, dawid_skene
 from jrlhf.training.stages.common import write_text
 from jrlhf.training.stages.preferences import check_one_of, preference_rows
@@ -73,13 +81,15 @@ class AggregateLabels(Stage):
         people = len(votes.names)
         if self.method == "dawid_skene":
             # A class that nobody uses would take its share of the prior.
-            said = np.flatnonzero(counts.sum(axis=0))
-            place = np.searchsorted(said, votes.choice + 1)
-            shape = (len(counts), people, len(said))
-            fit = dawid_skene(votes.pair, votes.labeler, place, shape)
+            used = counts.sum(axis=0)
+            said = np.flatnonzero(used + used[::-1])
+            # Every pair in both orders: whom we believe must not depend on which answer stands first in the file.
+            item = np.concatenate([votes.pair, votes.pair + len(counts)])
+            place = np.searchsorted(said, np.concatenate([votes.choice, -votes.choice]) + 1)
+            fit = dawid_skene(item, np.tile(votes.labeler, 2), place, (2 * len(counts), people, len(said)))
             known = fit.reliability
             told = {name: {"reliability": float(known[n])} for n, name in enumerate(votes.names)}
-            return np.clip(fit.posterior @ (0.5 * said), 0.0, 1.0), told
+            return np.clip(fit.posterior[: len(counts)] @ (0.5 * said), 0.0, 1.0), told
         first, second = votes.answers[votes.pair].T
         size = (int(votes.answers.max()) + 1, people)
         ranking = bradley_terry(first, second, votes.labeler, 0.5 * (1 + votes.choice), size)
@@ -106,7 +116,7 @@ def agreement(votes: Votes) -> tuple[dict[str, Any], dict[str, dict]]:
             both[a, b].append((x, y))
     names = votes.names
     kappa = {
-        (a, b): cohen_kappa(*np.asarray(pairs).T)
+        (a, b): cohen_kappa(*in_both_orders(np.asarray(pairs).T))
         for (a, b), pairs in sorted(both.items())
         if names[a] and names[b]
     }
@@ -138,7 +148,7 @@ def agreement(votes: Votes) -> tuple[dict[str, Any], dict[str, dict]]:
         "seen_by_several": int(np.sum(counts.sum(axis=1) > 1)),
         "raw_agreement": _or_none(raw_agreement(counts)),
         "alpha": {
-            level: _or_none(alpha_of_counts(counts, VALUES, level))
+            level: _or_none(alpha_of_counts(np.concatenate([counts, counts[:, ::-1]]), VALUES, level))
             for level in ("nominal", "ordinal", "interval")
         },
         "kappa": {f"{names[a]} and {names[b]}": _or_none(k) for (a, b), k in kappa.items()},

@@ -23,7 +23,7 @@ from jrlhf.ops.mixing import Mixing
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import load_model
-from jrlhf.training.rewards import MIX, fault_rates, make_reward, on_host_scores
+from jrlhf.training.rewards import MIX, check_groups, fault_rates, group_numbers, make_reward, scores_of_rows
 from jrlhf.training.stages.common import (
     MeshStage,
     TooLongPrompt,
@@ -127,11 +127,20 @@ class RewardMix(MeshStage):
                 name: make_reward(part.reward, dict(ctx.parents), mesh, policy.tokenizer)
                 for name, part in self.parts.items()
             }
-            asked = tuple(rewards.values())
+            by_group = self.how == "by_group"
+            asked = [*rewards.values()]
+            if by_group:
+                asked = [asked[0]._replace(check=check_groups(ctx.name, rewards))]
             _, _, samples, texts = sample_answers(self, policy, ctx, self.samples, asked)
+            chosen = group_numbers(ctx.name, [*rewards], texts.rows) if by_group else None
             found = {}
-            for name, reward in rewards.items():
-                said = on_host_scores(reward, samples, texts, mesh)
+            for n, (name, reward) in enumerate(rewards.items()):
+                mine = np.arange(len(texts.rows)) if chosen is None else np.flatnonzero(chosen == n)
+                if not len(mine):
+                    raise UserError(
+                        f"parts.{name}: no prompt has this group, so that it cannot be normalised"
+                    )
+                said = scores_of_rows(reward, samples, texts, mine, mesh)
                 fault_rates(reward.name, said, ctx.console)
                 values = np.asarray(said.total, np.float64)
                 if values.std() < 1e-6:
