@@ -9,7 +9,10 @@ the data gains nothing there was enough of it, and a filter can only win by qual
 Command    jrlhf run experiments/larder/data_strategies.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 15 minutes more than ppo_vs_dpo.py, of which it uses all stages
-Expected   not yet measured
+Expected   more demonstrations gain nothing (they are of one quality), better ones much; PPO had prompts enough
+Measured   one seed, gold. SFT 0.54: twice the data 0.54, without duplicates 0.47, the best quarter 1.06, the best of 8
+           own answers 1.16 (intervals ± 0.06). PPO 1.28: twice the prompts 1.26, filtered 1.23, easy first 1.26. DPO
+           1.08: twice the labels 1.13, the half that the reward model agrees with 0.96 at KL 2.2
 """
 
 from dataclasses import replace
