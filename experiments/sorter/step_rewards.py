@@ -2,19 +2,18 @@
 guessed right.
 
 Six policies of one SFT model and one PPO: paid by a checker for the answer alone ("outcome") and for the steps beside
-it ("process"); by a process reward model from exact labels of steps for its weakest step at the end ("min"), for each step
-as it ends, and for what each step adds to the one before; and the last of these by a model from Monte-Carlo labels, for
-which nobody looked at a step. The first two numbers of
-each model are in the results of the stages `monte_carlo_labels` (agreement and AUC of the labels with the truth),
-`exact_model` and `monte_carlo_model`; those of `exact_best` and `monte_carlo_best` tell which aggregate of steps
-chooses best.
+it ("process"); by a process reward model from exact labels of steps for its weakest step at the end ("min"), for each
+step as it ends, and for what each step adds to the one before; and the last of these by a model from Monte-Carlo
+labels, for which nobody looked at a step. The first two numbers of each model are in the results of the stages
+`monte_carlo_labels` (agreement and AUC of the labels with the truth), `exact_model` and `monte_carlo_model`; those of
+`exact_best` and `monte_carlo_best` tell which aggregate of steps chooses best.
 
 Command    jrlhf run experiments/sorter/step_rewards.py
 Hardware   two CPU cores, 2 GiB of memory
 Time       about 50 minutes
-Expected   the outcome arm has right answers with wrong steps, the process arm fewer, and models of steps are between SFT
-           and their checker. Labels by Monte Carlo say how likely the answer comes right: after a wrong step that is a
-           half, so that they are worse at finding it. The sum of steps pays for more steps
+Expected   the outcome arm has right answers with wrong steps, the process arm fewer, and models of steps are between
+           SFT and their checker. Labels by Monte Carlo say how likely the answer comes right: after a wrong step that
+           is a half, so that they are worse at finding it. The sum of steps pays for more steps
 Measured   one seed. Gold (answer and all steps right) / answer / steps: SFT 0.26 / 0.57 / 0.60, outcome 0.45 / 0.68 /
            0.74, process 0.52 / 0.71 / 0.81, min 0.45 / 0.64 / 0.78, differences 0.47 / 0.65 / 0.79, Monte Carlo
            0.28 / 0.58 / 0.63, steps 0.01 at KL 21, with alarms from update 16 on. The exact model is right about 0.99
