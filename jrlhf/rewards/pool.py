@@ -94,7 +94,7 @@ class CheckPool:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Checked:
         """Score N answers. UserError when a row has not what the check needs, or the check raises a UserError."""
         items = [
-            json.dumps([prompt, completion, self.check.reads(row)])
+            self._packed([prompt, completion, self.check.reads(row)])
             for prompt, completion, row in zip(prompts, completions, rows, strict=True)
         ]
         job = _Job(items)
@@ -105,6 +105,14 @@ class CheckPool:
                 self.close()
                 raise
         return Checked(job.values, job.failed, job.timed_out, list(job.faults))
+
+    def _packed(self, item: list[Any]) -> str:
+        try:
+            return json.dumps(item)
+        except (TypeError, ValueError) as error:  # bytes; a list that holds itself
+            raise UserError(
+                f"the check {type(self.check).__name__} takes text, numbers and lists of such from a row: {error}"
+            ) from None
 
     def _finish(self, job: "_Job") -> None:
         chunk = max(1, min(CHUNK, -(-len(job.items) // (2 * self.size))))

@@ -7,7 +7,8 @@ A model's program is foreign code. It runs only where a config allows it, on Lin
   to read. No home, no data, no /proc;
 * no privileges and no way to new ones; as root, another user;
 * limits of CPU time, wall time, memory, processes, file size and output; an empty environment;
-* when the time is over its first process is killed, and with it the kernel ends every other in the namespace.
+* its first process is ours, out of the program's reach: it ends with the program, when the time is over, or with the
+  worker, however that dies; and with it the kernel ends every other in the namespace.
 
 `isolated()` says what of that the machine cannot do, and tries it: there is no running without. These walls are the
 kernel's. They keep mistakes and mischief in; against an attacker who knows a hole in the kernel use a virtual machine.
@@ -18,8 +19,8 @@ import functools
 import os
 import resource
 import secrets
+import select
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from jrlhf.config import UserError
 from jrlhf.rewards.verifiers import WRONG, Check, _short, _wrong_field, last_fence
@@ -186,7 +187,7 @@ except OSError:
     pass
 if os.path.exists(secret) or os.path.exists("/proc/1"):
     reached.append("files")
-if os.getpid() != 1 or os.getuid() == 0:
+if (os.getppid(), os.getpid()) != (1, 2) or os.getuid() == 0:
     reached.append("privileges")
 sys.stdout.write("it reached " + ", ".join(reached) if reached else "isolated")
 """
@@ -197,32 +198,34 @@ sys.stdout.write("it reached " + ", ".join(reached) if reached else "isolated")
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (1 << n for n in (17, 26, 27, 28, 29, 30))
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 1 << 12, 1 << 14, 1 << 18
 _DETACH, _PDEATHSIG, _NO_NEW_PRIVS = 2, 1, 38
+# Where the program's file system is mounted, in a namespace that sees no other. Every Linux has this folder, and
+# nothing that a program may read is below it; a folder of its own would be left behind by a worker that is killed.
+_ROOT = "/proc"
 
 
 def run_isolated(source: str, given: Any, stdin: str, limits: Limits) -> Ran:
     """Run Python source behind the walls, which finds in `given` plain values, and reads `stdin`.
 
-    When the walls cannot be built the code is 126, and the output says why.
+    When the walls cannot be built the code is 126, and the output says why; a program's own 126 is given as 1.
     """
+    word = secrets.token_hex(16)
     # The interpreter itself, not a virtual environment's link to it.
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    folder = tempfile.mkdtemp(prefix="jrlhf-")
-    try:
-        process = subprocess.Popen(
-            [python, "-I", "-S", "-B", "-X", "utf8", "-c", _TAKE + source],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if source is _PROBE else subprocess.DEVNULL,
-            bufsize=0,
-            env={"LD_LIBRARY_PATH": os.path.join(sys.base_prefix, "lib"), "HOME": "/", "LC_ALL": "C.UTF-8"},
-            preexec_fn=functools.partial(_enter, folder, _readable(python), limits),
-        )
-        words = ascii(given).encode()
-        return _attend(
-            process, b"%012d" % len(words) + words + stdin.encode("utf-8", "surrogatepass"), limits
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a mount point: what was in it ended with its namespace
+    process = subprocess.Popen(
+        [python, "-I", "-S", "-B", "-X", "utf8", "-c", _TAKE + source],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if source is _PROBE else subprocess.DEVNULL,
+        bufsize=0,
+        env={"LD_LIBRARY_PATH": os.path.join(sys.base_prefix, "lib"), "HOME": "/", "LC_ALL": "C.UTF-8"},
+        preexec_fn=functools.partial(_enter, _readable(python), limits, os.getpid(), word),
+    )
+    words = ascii(given).encode()
+    ran = _attend(process, b"%012d" % len(words) + words + stdin.encode("utf-8", "surrogatepass"), limits)
+    if ran.code != _NO_WALLS:
+        return ran
+    _, honest, why = ran.output.partition(word)
+    return ran._replace(output=why) if honest else ran._replace(code=1)
 
 
 def _readable(python: str) -> list[str]:
@@ -284,16 +287,19 @@ def _write_some(pipe: Any, data: bytes) -> bytes:
         return b""
 
 
-def _enter(folder: str, readable: Sequence[str], limits: Limits) -> None:
-    """Between fork and exec: build the walls, and go on inside them as the first process of a namespace."""
+def _enter(readable: Sequence[str], limits: Limits, worker: int, word: str) -> None:
+    """Between fork and exec: build the walls, and go on inside them."""
     try:
-        _build(folder, readable, limits)
+        _build(readable, limits, worker)
     except BaseException as error:
-        os.write(1, f"{type(error).__name__}: {error}".encode())
+        os.write(1, f"{word}{type(error).__name__}: {error}".encode())
         os._exit(_NO_WALLS)
 
 
-def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
+def _build(readable: Sequence[str], limits: Limits, worker: int) -> None:
+    """Three processes: this one waits outside for the worker's word, the namespace's first one inside for the program's
+    end, and the third returns, to become the program. Each of the two is killed by the kernel when its parent dies; the
+    program, which might undo that, dies with the first one."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(name: str, *arguments: Any) -> None:
@@ -312,17 +318,29 @@ def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
     if not root:
         _map_user(uid, gid)
     call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of privileges would undo it
-    if (child := os.fork()) != 0:  # the new namespace of processes begins with a child
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-        os.closerange(0, 1024)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        os._exit(code if code >= 0 else 128 - code)
+    if os.getppid() != worker:  # it died before that
+        os._exit(_NO_WALLS)
+    alive, held = os.pipe()
+    if (first := os.fork()) != 0:  # the new namespace of processes begins with a child
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGKILL))
+        os.dup2(held, 0)
+        os.closerange(1, 1024)
+        _end_with(first)
+
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # from inside, the first process gets only signals that it handles
+    os.setsid()  # so that a signal to the program's group is none to the worker
+    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.close(held)
+    if select.select([alive], [], [], 0)[0]:  # the end of the pipe: its parent is dead
+        os._exit(_NO_WALLS)
+    os.close(alive)
 
     mount("none", "/", "", _REC | _PRIVATE)
-    mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, f"size={limits.memory}m,nr_inodes=4096,mode=755")
+    mount("tmpfs", _ROOT, "tmpfs", _NOSUID | _NODEV, f"size={limits.memory}m,nr_inodes=4096,mode=755")
     for path in readable:
-        inside = folder + path
+        inside = _ROOT + path
         if os.path.isdir(inside):
             continue  # inside a folder that is there already
         os.makedirs(inside, 0o755)
@@ -330,21 +348,23 @@ def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
         kept = os.statvfs(path).f_flag & 8  # noexec, which a namespace may not take away
         mount("none", inside, "", _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
     for link in ("/lib", "/lib64", "/usr/lib64"):
-        if os.path.islink(link) and not os.path.lexists(folder + link):
-            os.makedirs(os.path.dirname(folder + link), 0o755, exist_ok=True)
-            os.symlink(os.readlink(link), folder + link)
-    os.makedirs(f"{folder}/tmp", exist_ok=True)
-    os.chmod(f"{folder}/tmp", 0o777)
-    os.chdir(folder)
+        if os.path.islink(link) and not os.path.lexists(_ROOT + link):
+            os.makedirs(os.path.dirname(_ROOT + link), 0o755, exist_ok=True)
+            os.symlink(os.readlink(link), _ROOT + link)
+    os.makedirs(f"{_ROOT}/tmp", exist_ok=True)
+    os.chmod(f"{_ROOT}/tmp", 0o777)
+    os.chdir(_ROOT)
     call("pivot_root", b".", b".")
     call("umount2", b".", _DETACH)
     os.chdir("/tmp")
 
+    if (program := os.fork()) != 0:
+        os.closerange(0, 1024)
+        _end_with(program)
     if root:  # the kernel counts processes by user: those of two programs at once are not to be added up
         os.setgroups([])
         os.setresgid(another, another, another)
         os.setresuid(another, another, another)
-    call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     memory, files = limits.memory << 20, limits.memory << 20
     cpu = int(limits.seconds) + 1
@@ -357,6 +377,14 @@ def _build(folder: str, readable: Sequence[str], limits: Limits) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
+
+
+def _end_with(child: int) -> NoReturn:
+    """Wait for it, and end as it did. Its orphans fall to the first process, which takes their leave, too."""
+    while (ended := os.wait())[0] != child:
+        pass
+    code = os.waitstatus_to_exitcode(ended[1])
+    os._exit(code if code >= 0 else 128 - code)
 
 
 def _map_user(uid: int, gid: int) -> None:

@@ -10,6 +10,7 @@ Only ASCII digits are digits here: Python's `int` reads others too, but no refer
 import ast
 import importlib.util
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -145,10 +146,32 @@ _NUMBER = re.compile(
 _LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!])(?=[0-9]{3}(?![0-9]))")  # 1{,}250, 1,\!250, 1\,250
 # What may stand around the only number of a marked answer: `x =` before it, a unit behind it.
 _LEFT = re.compile(r"[\s~*$(]*(?:[A-Za-z]\w*\s*(?:=|\\approx|:)\s*)?[\s$]*")
-_RIGHT = re.compile(
-    r"(?:[\s~$*.,;:!)]|\\[,;:! ]|\\\$|\\(?:text|mathrm|textbf|mbox)\{[^{}\d]*(?:\^[23])?\}"
-    r"|(?:\^\{?-?[0-3]\}?(?![0-9]))|\^\{?\\circ\}?|\u00b0|[A-Za-z/\u20ac\u00a3\u00a5'])*"
+# Units that may stand right behind the number, without a space. Single letters are few, so that 2x and 2i are none.
+_LENGTHS = "nm|mm|cm|dm|km|m|ft|in|yd|mi|s"  # these and words may have a power: cm^2, m/s^2
+_UNITS = (
+    "kg|mg|g|lbs?|oz|L|m[Ll]|dL|cL|ms|secs?|mins?|hrs?|h|yrs?|am|pm|mph|kph|rpm|k?Hz|MHz|GHz|k?Pa|mol|k?cal|k?J|k?N|"
+    "k?V|m?A|k?Wh?|MW|K|C|F|kB|MB|GB|TB|USD|EUR|GBP"
 )
+# Words that make another number of it, or leave open which one it is.
+_NO_UNIT = (
+    "pi|alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|omega|phi|tau|rho|sin|cos|tan|cot|csc|log|exp|sqrt|mod|root|"
+    "plus|minus|times|over|divided|multiplied|squared|cubed|factorial|power|"
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|"
+    "ninety|(?:thir|four|fif|six|seven|eigh|nine)teen|dozens?|hundreds?|thousands?|[mbtr]+illions?|half|halves|thirds?|"
+    "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|"
+    "and|but|not|nor|else|than|unless|maybe|perhaps|possibly|probably|either|neither"
+)
+_POWER = r"(?:\s?\^(?:-?[1-3](?![0-9])|\{-?[1-3]\})|[\u00b2\u00b3])?"
+_UNIT = (
+    rf"(?:(?:{_LENGTHS})(?![A-Za-z]){_POWER}|(?:{_UNITS})(?![A-Za-z])"
+    rf"|(?<![0-9A-Za-z])(?!(?i:{_NO_UNIT})(?![A-Za-z]))(?:[A-Za-z]{{3,30}}|of|at|to|by|on|an|sq|cu)(?![A-Za-z]){_POWER})"
+)
+_RIGHT = re.compile(
+    r"(?:[\s~$\u20ac\u00a3\u00a5\u00b0]|\\[,;:! $]|\^\{?\\circ\}?|\*{1,2}(?=\s))*+"
+    rf"(?:{_UNIT}(?:(?:\s?/\s?|\.?(?:[\s~]|\\[,;:! ])++){_UNIT}){{0,6}})?"
+    r"[\s~$*.,;:)]*+"
+)
+_UPRIGHT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}")
 
 
 def last_number(text: str, hundredths: bool = False) -> Fraction | None:
@@ -165,8 +188,11 @@ def last_number(text: str, hundredths: bool = False) -> Fraction | None:
 
 
 def only_number(text: str, hundredths: bool = False) -> Fraction | None:
-    """The number that a text consists of, but for `x =` before it and a unit behind it; None for anything else."""
-    text = _LATEX_COMMA.sub(",", text)
+    """The number that a text consists of, but for `x =` before it and a unit behind it; None for anything else.
+
+    A unit is made of up to seven symbols (5 km/h, 5m, 5 cm^2) and words of three letters or more.
+    """
+    text = _UPRIGHT.sub(r" \1", _LATEX_COMMA.sub(",", text))
     left = _LEFT.match(text)
     assert left is not None  # it may be empty
     for start in dict.fromkeys((left.end(), 0)):
@@ -229,6 +255,10 @@ class Number(Check):
             raise _wrong_field(self, "tolerance", f"is a share of the reference, got {self.tolerance}")
 
     def score(self, prompt: str, completion: str, row: dict) -> float:
+        if isinstance(row["answer"], bytes):  # whose str() has a number, too
+            raise UserError(
+                f"the row's 'answer' must be a text or a number, got the bytes {_short(row['answer'])}"
+            )
         wanted = self._number(str(row["answer"]), "marked_or_last")
         if wanted is None:
             raise UserError(f"the row's 'answer' {_short(row['answer'])} has no number to compare with")
@@ -394,7 +424,10 @@ class Format(Check):
 @dataclass(frozen=True)
 class JSON(Check):
     """The answer is JSON: all of it, or its last fenced block. `schema` (JSON Schema, itself as JSON text) is what it
-    must satisfy: `pip install 'jrlhf[json]'`; a remote `$ref` is never fetched."""
+    must satisfy: `pip install 'jrlhf[json]'`; a remote `$ref` is never fetched.
+
+    Numbers that no double holds (1e999) and values nested too deep for the schema's check (some 200 levels) are wrong.
+    """
 
     schema: str = ""
     fenced: bool = True  # where there is a ``` block, that is meant
@@ -409,31 +442,90 @@ class JSON(Check):
         import jsonschema
 
         try:
-            schema = json.loads(self.schema)
-            jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
-        except json.JSONDecodeError as error:
+            schema = json.loads(self.schema, parse_constant=_no_constant)
+            if not isinstance(schema, dict | bool) or not isinstance(_of(schema, "$schema", ""), str):
+                raise _wrong_field(self, "schema", f"is no JSON Schema: {_short(self.schema)}")
+            kind = _kind(schema)
+            kind.check_schema(schema)
+            if missing := _missing_reference(schema, kind):
+                raise _wrong_field(
+                    self, "schema", f"refers to {missing!r}, which is not in it; nothing is ever fetched"
+                )
+        except ValueError as error:
             raise _wrong_field(self, "schema", f"is not JSON ({error}); use json.dumps") from None
         except jsonschema.SchemaError as error:
             raise _wrong_field(self, "schema", f"is no JSON Schema: {error.message}") from None
+        except RecursionError:
+            raise _wrong_field(self, "schema", "is nested too deep") from None
+        try:
+            samples: tuple[Any, ...] = (None, 0, "", [], {})
+            for value in samples:
+                _fits(value, schema)
+        except RecursionError:
+            raise _wrong_field(self, "schema", "refers to itself without an end") from None
 
     def score(self, prompt: str, completion: str, row: dict) -> float:
         block = last_fence(completion) if self.fenced else None
+        text = completion if block is None else block
         try:
-            value = json.loads(completion if block is None else block, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
+            value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+            return float(not self.schema or _fits(value, json.loads(self.schema)))
+        except (ValueError, RecursionError, OverflowError):  # too deep, or too large to be divided
             return WRONG
-        if not self.schema:
-            return RIGHT
-        import jsonschema
-        import referencing
-
-        schema = json.loads(self.schema)
-        kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-        return float(kind(schema, registry=referencing.Registry()).is_valid(value))
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _of(schema: Any, key: str, default: Any) -> Any:
+    return schema.get(key, default) if isinstance(schema, dict) else default
+
+
+def _kind(schema: Any) -> Any:
+    """The validator of its `$schema`."""
+    import jsonschema
+
+    return jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    import referencing
+
+    return _kind(schema)(schema, registry=referencing.Registry()).is_valid(
+        value
+    )  # an empty one fetches nothing
+
+
+def _missing_reference(schema: Any, kind: Any) -> str | None:
+    """The first `$ref` that leads nowhere, wherever it stands; None without one."""
+    import jsonschema_specifications
+    import referencing.jsonschema
+
+    draft = referencing.jsonschema.specification_with(kind.META_SCHEMA["$schema"])
+    root = draft.create_resource(schema)
+    left, seen = [(root, jsonschema_specifications.REGISTRY.resolver_with_root(root))], set()
+    while left:
+        resource, resolver = left.pop()
+        if id(resource.contents) in seen:
+            continue
+        seen.add(id(resource.contents))
+        for key in ("$ref", "$dynamicRef"):
+            if not isinstance(reference := _of(resource.contents, key, None), str):
+                continue
+            try:
+                found = resolver.lookup(reference)
+            except referencing.exceptions.Unresolvable:
+                return reference
+            left.append((draft.create_resource(found.contents), found.resolver))
+        left.extend((part, resolver.in_subresource(part)) for part in resource.subresources())
+    return None
 
 
 def last_fence(text: str) -> str | None:

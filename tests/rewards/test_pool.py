@@ -298,3 +298,10 @@ def test_what_scores_are_worth(caplog):
     np.testing.assert_array_equal(scores.timed_out, [False, False, False, False, True])
     worth(["p"], ["raise"], [{}])
     assert [r.getMessage() for r in caplog.records] == ["Hostile failed on an answer: RuntimeError: no idea"]
+
+
+def test_a_row_that_no_worker_can_be_sent():
+    pool = CheckPool(Number())
+    with pytest.raises(UserError, match=r"the check Number takes text, numbers and lists .*bytes"):
+        run(pool, ["4"], [{"answer": b"4"}])
+    assert not pool._workers

@@ -82,6 +82,7 @@ def test_input_and_output():
     [
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
+        "import os; os._exit(126)",  # as where there are no walls
         "import os; os.kill(os.getpid(), 9)",
         "print('passed', '0' * 32)",
         "class Any:\n    pass",
@@ -201,7 +202,7 @@ def test_there_is_no_environment_and_nobody_to_be(monkeypatch):
     shown = said(
         "import os; print(os.getuid() != 0, os.getpid(), 'SECRET_TOKEN' in os.environ, len(os.environ) < 6)"
     )
-    assert shown == "True 1 False True\n"
+    assert shown == "True 2 False True\n"
     regain = "import os\ntry:\n    os.setuid(0); print('root')\nexcept OSError: print('no')"
     assert said(regain) == "no\n"
     assert said(INHERITED) == "[]\n"
@@ -293,7 +294,7 @@ def test_without_isolation_nothing_runs(tmp_path, monkeypatch):
 
 def test_a_wall_that_leaks_is_found(monkeypatch):
     """Namespaces that the kernel grants but that hold nothing are no isolation."""
-    monkeypatch.setattr(programs, "_build", lambda folder, readable, limits: os.chdir("/"))
+    monkeypatch.setattr(programs, "_build", lambda readable, limits, worker: os.chdir("/"))
     programs.isolated.cache_clear()
     try:
         with pytest.raises(UserError, match="it reached the network, files, privileges"):
@@ -320,10 +321,20 @@ def test_its_memory_may_be_more_than_that_of_the_worker():
     assert found.values.tolist() == [1], found.faults
 
 
+# It takes back what would kill it with its parent, gives itself a name, and leaves the group.
+ESCAPE = """
+import ctypes, os, time
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+ctypes.CDLL(None).prctl(15, b"MARK", 0, 0, 0)
+os.setsid()
+while True:
+    time.sleep(1)
+"""
+
+
 def test_a_program_ends_with_its_worker():
-    """Also one that has left the worker's group."""
-    mark = f"jrlhf-test-{os.getpid()}-group"
-    stay = f"import os, time; os.setsid(); time.sleep(600)  # {mark}"
+    mark = f"jrlhf-test-{os.getpid()}-escape"
+    stay = ESCAPE.replace("MARK", mark)
     code = f"from jrlhf.rewards.programs import *; run_isolated({stay!r}, 0, '', Limits(seconds=600.0))"
     worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     try:
@@ -332,12 +343,87 @@ def test_a_program_ends_with_its_worker():
     finally:
         os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
-    wait_until(lambda: not running(mark, "-I"))
+    wait_until(lambda: not running(mark))  # nor do those that watched it
+
+
+@pytest.mark.parametrize("died", ["worker", "outside"])
+def test_nothing_is_begun_for_a_dead_parent(died, tmp_path):
+    """A worker may be killed at any moment, also while the walls are built: the kernel's signal comes too late then."""
+    mark = f"jrlhf-test-{os.getpid()}-{died}"
+    code = f"""
+import ctypes, time
+from jrlhf.rewards import programs
+LIBC, asked = ctypes.CDLL(None, use_errno=True), 0
+class Slow:
+    def __getattr__(self, name):
+        return getattr(LIBC, name)
+    def prctl(self, what, *rest):
+        global asked
+        asked += what == programs._PDEATHSIG
+        if what == programs._PDEATHSIG and asked == {1 if died == "worker" else 2}:
+            open({str(tmp_path / "asks")!r}, "w").close()
+            time.sleep(1)
+        return LIBC.prctl(what, *rest)
+programs.ctypes.CDLL = lambda *_, **__: Slow()
+programs.run_isolated("import time; time.sleep(600)  # {mark}", 0, "", programs.Limits(seconds=600.0))
+"""
+    worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        wait_until((tmp_path / "asks").exists)
+        if died == "outside":
+            os.killpg(worker.pid, signal.SIGKILL)
+    finally:
+        worker.kill()
+        worker.wait()
+    wait_until(lambda: not running(mark))
+
+
+def test_a_worker_that_is_killed_leaves_nothing(tmp_path, monkeypatch):
+    mark = f"stay{os.getpid()}"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    patient = Program(allow_execution=True, limits=Limits(seconds=600.0))
+    pool = CheckPool(patient, workers=1, seconds=2.0)
+    found = pool(["p"], [ESCAPE.replace("MARK", mark)], [{"tests": TESTS}])
+    assert found.timed_out.tolist() == [True]
+    wait_until(lambda: mark.encode() + b"\n" not in names())
+    pool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+SIGNALS = """
+import ctypes, os, signal
+for pid in (0, 1, -1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGSTOP, signal.SIGKILL):
+        if pid == 0:
+            if number in (signal.SIGKILL, signal.SIGSTOP):
+                continue  # it would end itself
+            signal.signal(number, signal.SIG_IGN)
+        try:
+            os.kill(pid, number)
+        except OSError:
+            pass
+libc = ctypes.CDLL(None)
+libc.ptrace.argtypes = [ctypes.c_long] * 4
+print(libc.ptrace(16, 1, 0, 0), libc.ptrace(0x4206, 1, 0, 0))
+"""
+
+
+def test_the_first_process_is_out_of_reach():
+    """It gets no signal from inside, nor can it be traced."""
+    assert said(SIGNALS) == "-1 -1\n"
+
+
+def processes(what: str) -> list[bytes]:
+    return [p.read_bytes() for p in Path("/proc").glob(f"[0-9]*/{what}") if _is_readable(p)]
+
+
+def names() -> list[bytes]:
+    return processes("comm")
 
 
 def running(*words: str) -> list[bytes]:
     """Commands with all these words."""
-    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if _is_readable(p)]
+    commands = processes("cmdline")
     return [c for c in commands if all(word.encode() in c for word in words)]
 
 
@@ -360,7 +446,8 @@ def test_as_an_ordinary_user():
     paths = os.pathsep.join([str(source), *(p for p in sys.path if p.endswith("site-packages"))])
     code = (
         "from jrlhf.rewards.programs import *\n"
-        "isolated(); print(Program(allow_execution=True).score('', 'x = 1', {'tests': ['assert x == 1']}))"
+        "isolated(); print(Program(allow_execution=True).score('', 'x = 1', {'tests': ['assert x == 1']}))\n"
+        f"print(run_isolated({SIGNALS!r}, 0, '', Limits(seconds=60.0)))"
     )
     done = subprocess.run(
         [python, "-c", code],
@@ -375,4 +462,4 @@ def test_as_an_ordinary_user():
     )
     if "ModuleNotFoundError" in done.stderr or "PermissionError" in done.stderr:
         pytest.skip("another user cannot read this checkout")
-    assert done.stdout == "1.0\n", done.stderr
+    assert done.stdout == f"1.0\n{programs.Ran(0, '-1 -1' + chr(10), False)}\n", done.stderr

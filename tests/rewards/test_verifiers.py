@@ -131,6 +131,47 @@ def test_the_last_number_of_a_text(text, value):
         (r"50\%", 50),
         ("**18**", 18),
         (r"x = -\frac{3}{4}", "-3/4"),
+        ("5m", 5),
+        ("5 m^2", 5),
+        ("3 m/s", 3),
+        ("3 m/s^2", 3),
+        ("3 m s^{-1}", 3),
+        ("10 km/h", 10),
+        ("5 cm\u00b2", 5),
+        ("98.6\u00b0F", "98.6"),
+        ("50%", 50),
+        ("12 apples", 12),
+        ("5 sq. ft.", 5),
+        (r"5\,\text{km}/\text{h}", 5),
+        ("5 cups of flour per batch.", 5),
+        ("$5$ dollars", 5),
+        ("**18** dollars", 18),
+        # another number, or a way out
+        ("2!", None),
+        ("2 m!", None),
+        ("2/n", None),
+        ("2x", None),
+        ("2 x", None),
+        ("2i", None),
+        ("2e^2", None),
+        ("2g^2", None),
+        ("2 m^9", None),
+        ("(2)^2", None),
+        ("2$^2$", None),
+        ("2pi", None),
+        ("2 pi", None),
+        (r"2\text{pi}", None),
+        ("2xy", None),
+        ("2theta", None),
+        ("2*x", None),
+        ("2_8", None),
+        ("2 million", None),
+        ("2 Thirds", None),
+        ("2 squared", None),
+        ("2 or three", None),
+        ("2 maybe", None),
+        (r"2\text{, maybe more}", None),
+        ("2, three", None),
         # several numbers, or a number that is only a part
         ("18 or 19", None),
         ("(1, 2)", None),
@@ -340,10 +381,50 @@ def test_a_schema_never_fetches(monkeypatch):
     fetched = []
     monkeypatch.setattr(urllib.request, "urlopen", fetched.append)
     away = JSON(schema=json.dumps({"$ref": "http://127.0.0.1:9/schema.json"}))
-    away.validate()
+    with pytest.raises(UserError, match="which is not in it; nothing is ever fetched"):
+        away.validate()
     with pytest.raises(Exception, match="schema"):  # in a worker: a failure, which is counted
         away.score("", "{}", {})
     assert not fetched
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "valid"),
+    [
+        ('{"items": {"$ref": "#"}}', "[" * 50 + "]" * 50, True),
+        ('{"items": {"$ref": "#"}}', "[" * 250 + "]" * 250, False),  # deeper than jsonschema goes
+        ('{"multipleOf": 0.1}', "1" + "0" * 400, False),  # it divides doubles
+        ('{"multipleOf": 0.1}', "1e999", False),
+        ("{}", "1e999", False),  # no double holds it
+        ("{}", '{"n": [-1e999]}', False),
+        ("{}", "1e308", True),
+        ("true", "1", True),
+    ],
+)
+def test_what_a_schema_cannot_take_is_wrong(schema, text, valid):
+    check = JSON(schema=schema)
+    check.validate()
+    assert right(check, text) == valid
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"items": {"$ref": "#"}},
+        {"properties": {"$ref": {"type": "string"}}},  # a name, no reference
+        {"enum": [{"$ref": "#/nowhere"}]},  # a value
+        {"$ref": "https://json-schema.org/draft/2020-12/schema"},
+        {"$id": "http://a/b", "items": {"$ref": "c"}, "$defs": {"c": {"$id": "c", "type": "array"}}},
+        {"$dynamicAnchor": "n", "items": {"$dynamicRef": "#n"}},
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "definitions": {"a": {"id": "#q"}},
+            "items": {"$ref": "#q"},
+        },
+    ],
+)
+def test_a_reference_that_leads_somewhere(schema):
+    JSON(schema=json.dumps(schema)).validate()
 
 
 def test_the_last_fenced_block():
@@ -521,6 +602,10 @@ HOSTILE = [
     "x = " * 50_000,
     " " * 200_000,
     "\n" * 200_000,
+    "<answer>2" + " " * 100_000 + "!</answer>",
+    "<answer>2 " + "m " * 50_000 + "</answer>",
+    "<answer>2 m" + "." * 100_000 + "!</answer>",
+    "[" * 250 + "]" * 250,
     "A" * 200_000,
 ]
 ROW = {"answer": "4", "nums": [1, 2], "target": 3}
@@ -564,6 +649,17 @@ def test_any_string_has_a_score_and_soon(check):
         (Format(tags=("<think>",)), r"Format\.tags are names without brackets"),
         (JSON(schema="{"), r"JSON\.schema is not JSON"),
         (JSON(schema='{"type": "sting"}'), r"JSON\.schema is no JSON Schema"),
+        (JSON(schema="5"), r"JSON\.schema is no JSON Schema"),
+        (JSON(schema='{"$schema": 5}'), r"JSON\.schema is no JSON Schema"),
+        (JSON(schema='{"minimum": NaN}'), r"JSON\.schema is not JSON"),
+        (JSON(schema="[" * 100_000), r"JSON\.schema is nested too deep"),
+        (JSON(schema='{"not":' * 900 + "{}" + "}" * 900), r"JSON\.schema is nested too deep"),
+        (JSON(schema='{"$ref": "#"}'), r"JSON\.schema refers to itself without an end"),
+        (
+            JSON(schema='{"items": {"$ref": "#/$defs/tpyo"}, "$defs": {"typo": {}}}'),
+            "refers to '#/.defs/tpyo'",
+        ),
+        (JSON(schema='{"x": {"y": {"$ref": "#/no"}}, "items": {"$ref": "#/x/y"}}'), "refers to '#/no'"),
         (MultipleChoice(letters="AA"), r"MultipleChoice\.letters"),
         (MultipleChoice(letters="abc"), r"MultipleChoice\.letters"),
         (Within(check=Regex()), r"Regex\.pattern"),
@@ -586,6 +682,8 @@ def test_a_row_at_fault():
         UserError, match="needs the field 'answer' in every row of the prompts; one has only prompt"
     ):
         Number().reads({"prompt": "q"})
+    with pytest.raises(UserError, match="must be a text or a number, got the bytes b'4'"):
+        Number().score("", "4", {"answer": b"4"})
     with pytest.raises(UserError, match="'answer' 'a lot' has no number"):
         Number().score("", "4", {"answer": "a lot"})
     assert Number().reads({"prompt": "q", "answer": "4", "ended": True}) == {"answer": "4", "ended": True}
@@ -608,7 +706,7 @@ def test_importing_checks_imports_no_jax():
 
 GUIDE = Path(__file__).parents[2] / "docs" / "verifiers.md"
 EXAMPLE = re.compile(
-    r"^\| `(\w+\(.*\))` \| `(.+?)`(?: to the prompt `(.+?)`)? \| (?:`(.*)`)? ?\| ([01]) \|$", re.MULTILINE
+    r"^\| `(\w+\(.*\))` \| `(.+?)` \| (?:the prompt `(.+?)`|`(.*)`)? ?\| ([01]) \|$", re.MULTILINE
 )
 
 

@@ -110,6 +110,18 @@ def test_its_folder_says_all_there_is_to_know(left):
     note = json.loads((left["strict"] / "verifier.json").read_text())
     assert note["check"] == {"type": "Regex", "pattern": "(a+)+b", "where": "search", "group": ""}
     assert (note["right"], note["wrong"], note["workers"]) == (2.0, -1.0, 1)
+    assert (note["failed"], note["timed_out"]) == (
+        -1.0,
+        -1.0,
+    )  # what breaks a check pays no more than what is wrong
+
+
+def test_failing_may_cost_more_than_being_wrong(tmp_path):
+    stage = Verifier(WORD, wrong=-1.0, failed=-2.0)
+    stage.validate({})
+    stage.run(SimpleNamespace(folder=tmp_path))
+    note = json.loads((tmp_path / "verifier.json").read_text())
+    assert (note["wrong"], note["failed"], note["timed_out"]) == (-1.0, -2.0, -1.0)
 
 
 @pytest.mark.parametrize("check", [Number(), Within(check=Number(), tag="a"), Program(allow_execution=True)])
@@ -129,6 +141,8 @@ def test_a_config_names_checks(check):
         ({"workers": 0}, "workers must be positive"),
         ({"memory": -1}, "memory must be positive"),
         ({"failed": float("nan")}, "failed is a reward and must be finite"),
+        ({"wrong": -1.0, "failed": 0.0}, r"failed 0.0 must not be more than wrong -1.0"),
+        ({"timed_out": 0.5}, r"timed_out 0.5 must not be more than wrong 0.0"),
         ({"right": 0.0}, "right 0.0 must be more than wrong 0.0"),
         ({"check": Regex()}, r"Regex\.pattern must not be empty"),
         ({"check": Program()}, r"Program\.allow_execution is false"),

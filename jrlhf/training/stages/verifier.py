@@ -20,8 +20,8 @@ class Verifier(Stage):
     """The reward is what `check` (a Number, a Program, ...; docs/verifiers.md) says of each answer.
 
     Answers are checked in `workers` processes. One that takes longer than `seconds` is given up, its worker killed, and
-    earns `timed_out`; one over which the check or its process breaks earns `failed`. Both are logged as rates. Leaves
-    `verifier.json`.
+    earns `timed_out`; one over which the check or its process breaks earns `failed`. Both are logged as rates. Neither
+    may be more than `wrong`, or a policy would learn to break its checks. Leaves `verifier.json`.
     """
 
     artifact: ClassVar[str] = REWARD_MODEL
@@ -33,16 +33,23 @@ class Verifier(Stage):
     memory: int = 2048  # MiB that a worker may use beyond what it starts with (Linux)
     right: float = 1.0
     wrong: float = 0.0
-    failed: float = 0.0
-    timed_out: float = 0.0
+    failed: float | None = None  # None: as `wrong`
+    timed_out: float | None = None
 
     def validate(self, stages):
         for field in ("seconds", "workers", "memory"):
             if not 0 < getattr(self, field) < math.inf:
                 raise UserError(f"{field} must be positive, got {getattr(self, field)}")
-        for field in ("right", "wrong", "failed", "timed_out"):
-            if not math.isfinite(getattr(self, field)):
-                raise UserError(f"{field} is a reward and must be finite, got {getattr(self, field)}")
+        rewards = {"right": self.right, "wrong": self.wrong, **self._broken()}
+        for field, value in rewards.items():
+            if not math.isfinite(value):
+                raise UserError(f"{field} is a reward and must be finite, got {value}")
+        for field, value in self._broken().items():
+            if value > self.wrong:
+                raise UserError(
+                    f"{field} {value} must not be more than wrong {self.wrong}: it would pay to break the check. "
+                    "Leave it out to make them equal"
+                )
         if self.right <= self.wrong:
             raise UserError(f"right {self.right} must be more than wrong {self.wrong}")
         self.check.validate()
@@ -53,6 +60,10 @@ class Verifier(Stage):
                     self.check.reads(row)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
+
+    def _broken(self) -> dict[str, float]:
+        given = {"failed": self.failed, "timed_out": self.timed_out}
+        return {name: self.wrong if value is None else value for name, value in given.items()}
 
     def _prompts(self, stages: Mapping[str, Stage]) -> Iterator[tuple[str, Source]]:
         """Prompts in local files whose answers this stage is named to score."""
@@ -70,7 +81,7 @@ class Verifier(Stage):
         pool = CheckPool(self.check, 1, self.seconds, self.memory)
         pool.start()  # not here: this process holds an accelerator, and what a check tries may fork
         pool.close()
-        fields = asdict(self) | {"check": to_dict(self.check, Check)}
+        fields = asdict(self) | self._broken() | {"check": to_dict(self.check, Check)}
         write_text(ctx.folder / VERIFIER, json.dumps(fields))
         return {}
 
