@@ -327,9 +327,8 @@ def _build(readable: Sequence[str], limits: Limits, worker: int) -> None:
         os.closerange(1, 1024)
         _end_with(first)
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # from inside, the first process gets only signals that it handles
+    # From inside, the first process gets only signals that it handles.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.setsid()  # so that a signal to the program's group is none to the worker
     call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.close(held)
