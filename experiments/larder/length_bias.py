@@ -9,7 +9,7 @@ Time       about 25 minutes with five seeds
 Expected   from biased labels at least twice the length, and gold below SFT's; an alarm before gold has fallen by a
            fifth of its peak; with the correction at least 70% of the clean arm's peak
 Measured   five seeds: 2.26 times the length and gold 0.34 below SFT's; 81% [41%, 121%] with the correction; the alarm
-           comes in time on four seeds of five (docs/lab.md)
+           comes in time on all, and on five further seeds (docs/reward-hacking.md)
 """
 
 from dataclasses import replace

@@ -8,7 +8,7 @@ Time       about 8 minutes with five seeds
 Expected   gold rises to at least 1.8 times that of SFT before KL 3 and falls to at most half of its peak by KL 12,
            the learned reward does not fall; R(d) fits with R² >= 0.95, better than d(a - b d). An alarm is raised
            before gold has fallen by a fifth of its peak, without a look at gold
-Measured   five seeds: 1.89 times SFT, then 0.43 of the peak at KL 12; R² 0.91, near the other; the alarm comes 2 to 5
+Measured   five seeds: 1.89 times SFT, then 0.43 of the peak at KL 12; R² 0.91, near the other; the alarm comes 3 to 6
            steps before the fall on all five (docs/lab.md)
 """
 
