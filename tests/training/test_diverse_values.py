@@ -184,8 +184,8 @@ EVALUATE = replace(STAGES["evaluate"], policies=("sft",))
         ),
         ({"evaluate": replace(EVALUATE, groups=("larder_gold_A",))}, "two or more rewards"),
         (
-            {"evaluate": replace(EVALUATE, groups=("larder_gold_A", "larder_gold_C"))},
-            "groups 'larder_gold_C' is neither a stage nor a known reward. Did you mean",
+            {"evaluate": replace(EVALUATE, groups=("larder_gold_A", "larder_gold_D"))},
+            "groups 'larder_gold_D' is neither a stage nor a known reward. Did you mean",
         ),
     ],
 )  # fmt: skip
