@@ -425,7 +425,14 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for claim, draw in {"B3": plot_b3, "B4": plot_b4, "B5": plot_b5, "B6": plot_b6, "B9": plot_b9}.items():
+    for claim, draw in {
+        "B3": plot_b3,
+        "B4": plot_b4,
+        "B5": plot_b5,
+        "B6": plot_b6,
+        "B9": plot_b9,
+        "B10": plot_b10,
+    }.items():
         file = HERE / f"{claim}.json"
         if not file.exists():
             print(f"{file.name} is not there yet")
@@ -544,6 +551,37 @@ def plot_b9(ax, data: dict) -> None:
         title="Best-of-n by an ensemble, a quarter of the labels turned round",
     )
     ax.legend(frameon=False)
+
+
+def plot_b10(ax, data: dict) -> None:
+    kinds = {
+        "sft": "tab:gray",
+        "ppo_pooled": "black",
+        "ppo_B": "tab:blue",
+        "ppo_head_B": "tab:blue",
+        "ppo_C": "tab:orange",
+        "ppo_head_C": "tab:orange",
+    }
+    below, left = {"ppo_B", "ppo_C", "ppo_worst", "ppo_mean"}, {"ppo_worst_of_mixture", "ppo_C"}
+    for arm, of in data["final"].items():
+        x, y = (np.asarray(of[group]["seeds"]) for group in "BC")
+        color = kinds.get(arm, "tab:green")
+        ax.plot(x, y, ".", color=color, alpha=0.3)
+        ax.plot(x.mean(), y.mean(), "o", color=color)
+        ax.annotate(
+            arm.removeprefix("ppo_").replace("_", " "),
+            (x.mean(), y.mean()),
+            textcoords="offset points",
+            xytext=(-5 if arm in left else 5, -11 if arm in below else 5),
+            ha="right" if arm in left else "left",
+            fontsize=8,
+            color=color,
+        )
+    ax.set(
+        xlabel="gold of group B, which wants hazards refused",
+        ylabel="gold of group C, which wants to hear of them",
+        title="Policies for opposed groups (large: mean over seeds)",
+    )
 
 
 if __name__ == "__main__":
