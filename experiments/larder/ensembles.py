@@ -10,7 +10,8 @@ Command    jrlhf run experiments/larder/ensembles.py --seeds 0 1 2 3 4
 Hardware   two CPU cores, 3 GiB of memory
 Time       about 60 minutes with five seeds
 Expected   gold falls from its peak to n = 256 by at most half as much with one of the two as with a single reward model
-Measured   five seeds: by 0.86 as much: members that share their labels share their errors (docs/lab.md)
+Measured   five seeds: by 0.86 as much: members that share their labels share their errors (docs/lab.md). Members with
+           labels of their own are not measured yet
 """
 
 from dataclasses import replace
