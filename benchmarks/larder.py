@@ -243,7 +243,7 @@ def b9(seeds: dict) -> dict:
         }
         curves[seed] = {"n": tables["one"]["n"], "kl": tables["one"]["kl"], **gold}
     fall = {arm: np.array([max(c[arm]) - c[arm][-1] for c in curves.values()]) for arm in arms}
-    share = lambda arm: part([fall[arm].mean() / fall["one"].mean()])  # noqa: E731
+    share = lambda arm, **bound: part([fall[arm].mean() / fall["one"].mean()], **bound)  # noqa: E731
     careful = min(("worst", "careful"), key=lambda arm: fall[arm].mean())
     own = min(("worst_of_own", "careful_own"), key=lambda arm: fall[arm].mean())
     return {
@@ -252,12 +252,8 @@ def b9(seeds: dict) -> dict:
             **{f"{arm}: gold's fall by n = 256": part(fall[arm]) for arm in arms},
             **{f"{arm}: peak of gold": part([max(c[arm]) for c in curves.values()]) for arm in arms},
             **{f"{arm}: fall over that of one model": share(arm) for arm in arms[1:]},
-            "the better careful one: fall over that of one model": part(
-                [fall[careful].mean() / fall["one"].mean()], at_most=0.5
-            ),
-            "the better one with labels of their own: fall over that of one model": part(
-                [fall[own].mean() / fall["one"].mean()], at_most=0.5
-            ),
+            "the better careful one: fall over that of one model": share(careful, at_most=0.5),
+            "the better one with labels of their own: fall over that of one model": share(own, at_most=0.5),
         },
     }
 

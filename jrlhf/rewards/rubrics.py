@@ -288,12 +288,10 @@ class RubricScorer:
     marks: tuple[str, ...] = MARKS
     clip: bool = True
     fallback: float | None = None  # how far what the judge has no verdict on is met; None: that is an error
-    marked: bool = (
-        False  # {options} are asked for in double brackets: the judge replies in text that is parsed
-    )
-    taken: Collection[
-        str
-    ] = ()  # names that no criterion may have: as parts they would be taken for something else
+    # {options} are asked for in double brackets: the judge replies in text that is parsed.
+    marked: bool = False
+    # Names that no criterion may have: as parts they would be taken for something else.
+    taken: Collection[str] = ()
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[dict]) -> Scores:
         """[N] values; `parts` how far each criterion is met that all the answers have in common (explicit), `failed`

@@ -498,9 +498,8 @@ def _kind(schema: Any) -> Any:
 def _fits(value: Any, schema: Any) -> bool:
     import referencing
 
-    return _kind(schema)(schema, registry=referencing.Registry()).is_valid(
-        value
-    )  # an empty one fetches nothing
+    nothing_is_fetched = referencing.Registry()
+    return _kind(schema)(schema, registry=nothing_is_fetched).is_valid(value)
 
 
 def _missing_reference(schema: Any, kind: Any) -> str | None:

@@ -525,22 +525,20 @@ def mixed_reward(
         values = np.zeros((len(rewards), n), np.float32)
         parts: dict[str, np.ndarray] = {}
         faults: dict[str, tuple] = {}
-        flags = {"failed": np.zeros(n, bool), "timed_out": np.zeros(n, bool)}
-        can = dict.fromkeys(flags, False)
+        told: dict[str, np.ndarray] = {}
         for i, reward in enumerate(rewards):
             mine = np.flatnonzero(chosen == i)
             said = scores_of_rows(reward, samples, texts, mine, mesh)
             values[i, mine] = said.total
             faults |= unscored(reward.name, said)
-            for what, flag in flags.items():
-                if (own := getattr(said, what)) is not None:
-                    flag[mine], can[what] = own, True
+            for what in ("failed", "timed_out"):
+                if (flag := getattr(said, what)) is not None:
+                    told.setdefault(what, np.zeros(n, bool))[mine] = flag
             of_part = {reward.name: said.total} | {f"{reward.name}.{k}": v for k, v in said.parts.items()}
             for k, v in of_part.items() if len(mine) else ():
                 parts[k] = np.full(n, np.nan, np.float32)
                 parts[k][mine] = v
         total = jitted_mix(values, how, weights, mean, std, gates, chosen)
-        told = {what: flag if can[what] else None for what, flag in flags.items()}
         return Scores(total, parts=parts, unscored=faults, **told)
 
     by_name = dict(zip(names, rewards, strict=True))

@@ -141,6 +141,7 @@ def agreement(votes: Votes) -> tuple[dict[str, Any], dict[str, dict]]:
             "violations": triples[who].violations,
             "triples": triples[who].total,
         }
+    in_either_order = np.concatenate([counts, counts[:, ::-1]])
     total = Triples(*(sum(column) for column in zip(*triples, strict=True)))
     report = {
         "votes": len(votes.pair),
@@ -148,7 +149,7 @@ def agreement(votes: Votes) -> tuple[dict[str, Any], dict[str, dict]]:
         "seen_by_several": int(np.sum(counts.sum(axis=1) > 1)),
         "raw_agreement": _or_none(raw_agreement(counts)),
         "alpha": {
-            level: _or_none(alpha_of_counts(np.concatenate([counts, counts[:, ::-1]]), VALUES, level))
+            level: _or_none(alpha_of_counts(in_either_order, VALUES, level))
             for level in ("nominal", "ordinal", "interval")
         },
         "kappa": {f"{names[a]} and {names[b]}": _or_none(k) for (a, b), k in kappa.items()},
