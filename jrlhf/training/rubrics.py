@@ -20,9 +20,8 @@ def rubric_scorer(
     """Of the stage of `folder`. Its model's folder lies beside; an endpoint's replies are kept in `answers`, by default
     in its own folder."""
     judge: Judge
-    marked = (
-        False  # a local model replies by one token, which is no bracket; a program is asked in plain words
-    )
+    # A local model replies by one token, which is no bracket; a program is asked in plain words.
+    marked = False
     if "model" in noted:
         judge = LocalJudge(name, load_model(folder.parent / noted["model"], mesh), mesh)
     else:
