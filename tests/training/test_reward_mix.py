@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_runs import QUIET, best_of_two, folders, jsonl, one_device, only, rloo, some_answers
 
 from jrlhf.config import MeshConfig, UserError
+from jrlhf.data.sources import FileSource
 from jrlhf.experiment import Experiment, fingerprint, run
 from jrlhf.rewards.verifiers import Number
 from jrlhf.sharding import make_mesh
@@ -191,6 +192,29 @@ def test_a_part_by_group_is_asked_about_its_own_rows_alone(tmp_path, monkeypatch
     assert metrics["reward/math/mean"] == pytest.approx(0.5)
     assert metrics["reward/math/fail_rate"] == 1  # of those that it was asked about
     assert whole_parts(said) == {}
+
+
+def test_a_part_by_group_is_normalised_on_its_own_rows(one_device_runs, tmp_path):
+    prompts = [row["prompt"] for row in tiny.prompts.rows()]
+    lines = [{"prompt": p, "group": "long" if n % 2 else "gold"} for n, p in enumerate(prompts)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mix = RewardMix(
+        parts={"long": Part("words"), "gold": Part("larder_gold")},
+        how="by_group",
+        start="sft",
+        prompts=FileSource(str(tmp_path / "p.jsonl"), "prompt"),
+        samples=2,
+        sampling=tiny.answers,
+    )
+    whole = replace(mix, how="sum")
+    with one_device():
+        found = folders(run(only("pretrain", "sft", mix=mix, whole=whole), one_device_runs, console=QUIET))
+    own, of_all = (json.loads((found[name] / "mix.json").read_text())["parts"] for name in ("mix", "whole"))
+    assert own["long"]["mean"] != of_all["long"]["mean"]
+    assert own["gold"]["std"] > 0
+    nobody = replace(mix, parts=mix.parts | {"code": Part("ended")})
+    with one_device(), pytest.raises(UserError, match=r"parts.code: no prompt has this group"):
+        run(only("pretrain", "sft", mix=nobody), one_device_runs, console=QUIET)
 
 
 def test_what_learns_from_a_mix_logs_every_part(left):
