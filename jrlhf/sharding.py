@@ -89,11 +89,17 @@ def checked_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int,
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Sharding constraint on an activation under the mesh of `jax.set_mesh`; nothing without a mesh."""
+    """Sharding constraint on an activation under the mesh of `jax.set_mesh`; nothing without a mesh.
+
+    Inside a `shard_map` the axes that it splits by hand are left out.
+    """
     spec = logical_spec(axes)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    if mesh.manual_axes:
+        free = lambda split: tuple(a for a in split if a not in mesh.manual_axes) or None  # noqa: E731
+        spec = P(*[s and free(s if isinstance(s, tuple) else (s,)) for s in spec])
     return jax.lax.with_sharding_constraint(x, spec)
 
 

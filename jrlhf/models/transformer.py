@@ -336,18 +336,20 @@ class Model:
         return [LayerCache(empty(), empty()) for _ in range(self.config.n_layers)]
 
     def decode(
-        self, decode_params: Params, tokens_BT, positions_BT, mask_BTS, cache: Cache, slot
+        self, decode_params: Params, tokens_BT, positions_BT, mask_BTS, cache: Cache, slot,
+        query_slots=None, key_slots=None,
     ) -> tuple[jax.Array, Cache]:
         """T new tokens written at cache slots [slot, slot + T): hidden states [B, T, D] and the new cache.
 
-        `mask_BTS` says which slots each new token sees. Prefill is the call with T = prompt length.
-        """
+        `mask_BTS` says which slots each new token sees. Prefill is the call with T = prompt length. In a ring the slots
+        are not in the order of the tokens: `query_slots` [T] and `key_slots` [S] then number them for windows.
+        """  # fmt: skip
         c = self.config
         x_BTD = _apply(Embed(c), decode_params["embed"], tokens_BT, positions_BT)
-        t = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        views = layer_views(
-            c, positions_BT, mask_BTS, slot + t, jnp.arange(mask_BTS.shape[2], dtype=jnp.int32)
-        )
+        if query_slots is None:
+            query_slots = slot + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+            key_slots = jnp.arange(mask_BTS.shape[2], dtype=jnp.int32)
+        views = layer_views(c, positions_BT, mask_BTS, query_slots, key_slots)
         new_cache = []
         for layer, windowed, layer_cache in zip(
             decode_params["layers"], c.layers_windowed, cache, strict=True

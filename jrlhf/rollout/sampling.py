@@ -150,9 +150,9 @@ def row_keys(key: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
 
 
-def draw(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array) -> jax.Array:
-    """A token per row. Inverse CDF, except on a TPU, where Gumbel noise is cheaper than the gathers."""
-    keys_B = jax.vmap(lambda k: jax.random.fold_in(k, step))(keys_B)
+def draw(logits_BV: jax.Array, keys_B: jax.Array, steps_B: jax.Array) -> jax.Array:
+    """A token per row, each at a step of its own. Inverse CDF, except on a TPU, where Gumbel noise is cheaper than the gathers."""
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, steps_B)
     if jax.default_backend() == "tpu":
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
     return inverse_cdf(logits_BV, jax.vmap(lambda k: jax.random.uniform(k, dtype=jnp.float32))(keys_B))

@@ -227,3 +227,41 @@ def test_pad_prompts():
             pad_prompts(wrong, 4, 2)
     assert batch.tokens.dtype == jnp.int32
     assert TINY.vocab_size == 32
+
+
+# --- slots ------------------------------------------------------------------------------------------------------
+
+
+def many(rows=40):
+    rng = np.random.default_rng(6)
+    return pad_prompts([rng.integers(8, 32, rng.integers(1, PROMPT + 1)).tolist() for _ in range(rows)], PROMPT, PAD)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 16, 40])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 6, "top_p": 0.9}])
+def test_slots_change_no_token(params, slots, filters):
+    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11), **filters)
+    at_once = jax.device_get(rollout(MODEL, params, many(), KEY, rule))
+    in_turn = jax.device_get(rollout(MODEL, params, many(), KEY, rule, slots=slots))
+    same(in_turn, at_once)
+    lengths = at_once.response_mask.sum(1)
+    assert lengths.min() < 3 and lengths.max() == 22  # rows end at all times
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_slots_of_a_mesh_change_no_token(params, name):
+    mesh = make_mesh(MESHES[name])
+    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, state_shardings(mesh, params, AXES))
+        out = rollout(MODEL, spread, put_batch(mesh, many()), KEY, rule, slots=8)
+    same(jax.device_get(out), jax.device_get(rollout(MODEL, params, many(), KEY, rule)))
+
+
+@pytest.mark.parametrize("change", [{"window": 4}, {"positions": "learned"}])
+def test_slots_with_windows_and_learned_positions(change):
+    model = Model(replace(TINY, **change))
+    params = fake_params(model)
+    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11))
+    at_once, in_turn = (jax.device_get(rollout(model, params, many(), KEY, rule, slots=n)) for n in (0, 4))
+    same(in_turn, at_once)
