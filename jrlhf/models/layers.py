@@ -135,8 +135,12 @@ def linear(
     return y
 
 
-def attend(q_BTNH, cache: LayerCache, mask_BTS, scale: float, softcap: float = 0.0) -> jax.Array:
+def attend(
+    q_BTNH, cache: LayerCache, mask_BTS, scale: float, softcap: float = 0.0, prefix: LayerCache | None = None
+) -> jax.Array:
     """Attention of T queries over S keys. Scores and softmax in float32.
+
+    prefix: keys of B / A rows that come before those of `cache`; A rows next to each other attend to the same ones.
 
     jax.nn.dot_product_attention's own XLA path has no gradient in bfloat16 under strict type promotion.
     """
@@ -144,11 +148,23 @@ def attend(q_BTNH, cache: LayerCache, mask_BTS, scale: float, softcap: float = 0
     k = cache.k_BKSH.shape[1]
     q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * jnp.asarray(scale, q_BTNH.dtype)
     s_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, cache.k_BKSH, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        c, _, p, _ = prefix.k_BKSH.shape
+        q_CATKGH = q_BTKGH.reshape(c, b // c, t, k, n // k, h)
+        s_CAKGTP = jnp.einsum(
+            "CATKGH,CKPH->CAKGTP", q_CATKGH, prefix.k_BKSH, preferred_element_type=jnp.float32
+        )
+        s_BKGTS = jnp.concatenate([s_CAKGTP.reshape(b, k, n // k, t, p), s_BKGTS], axis=-1)
     if softcap:
         s_BKGTS = jnp.tanh(s_BKGTS / softcap) * softcap
     s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS, jnp.float32(-1e30))
     p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, cache.v_BKSH).reshape(b, t, n, h)
+    if prefix is None:
+        return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, cache.v_BKSH).reshape(b, t, n, h)
+    p_CAKGTP = p_BKGTS[..., :p].reshape(c, b // c, k, n // k, t, p)
+    out_CATKGH = jnp.einsum("CAKGTP,CKPH->CATKGH", p_CAKGTP, prefix.v_BKSH)
+    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS[..., p:], cache.v_BKSH)
+    return out_CATKGH.reshape(b, t, n, h) + out_BTKGH.reshape(b, t, n, h)
 
 
 def attention_implementation(config: ModelConfig) -> str:
@@ -163,7 +179,7 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, view: View, cache: LayerCache | None, slot):
+    def __call__(self, x_BTD, view: View, cache: LayerCache | None, slot, prefix: LayerCache | None):
         """Without a cache T = S and keys are this call's own. With one, the T keys are written at `slot`."""
         c = self.config
         n, k, h = c.n_heads, c.n_kv_heads, c.head_size
@@ -196,7 +212,7 @@ class Attention(nn.Module):
                     cache.v_BKSH, value.swapaxes(1, 2).astype(cache.v_BKSH.dtype), at
                 ),
             )
-            out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap)
+            out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
         return linear(self, "o", out, ("heads", "head_dim"), {"embed": c.d_model}, c.o_bias), cache
 
 
@@ -274,14 +290,16 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, windowed, views: Views, cache: LayerCache | None = None, slot=None):
+    def __call__(
+        self, x_BTD, windowed, views: Views, cache: LayerCache | None = None, slot=None, prefix=None
+    ):
         """-> (x, (new cache or None, balance [2, E] or None))."""
         c = self.config
         before = lambda name, x: x if c.norm_placement == "post" else norm(c, name)(x)  # noqa: E731
         after = lambda name, x: x if c.norm_placement == "pre" else norm(c, name)(x)  # noqa: E731
         view = views.of(windowed)
 
-        attended, cache = Attention(c, name="attn")(before("attn_norm", x_BTD), view, cache, slot)
+        attended, cache = Attention(c, name="attn")(before("attn_norm", x_BTD), view, cache, slot, prefix)
         attended = after("attn_out_norm", attended)
         x_after_BTD = constrain(x_BTD + attended, "batch", "length", "act_embed")
         normed = before("mlp_norm", x_BTD if c.parallel_residual else x_after_BTD)

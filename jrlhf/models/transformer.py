@@ -336,13 +336,22 @@ class Model:
         return [LayerCache(empty(), empty()) for _ in range(self.config.n_layers)]
 
     def decode(
-        self, decode_params: Params, tokens_BT, positions_BT, mask_BTS, cache: Cache, slot,
-        query_slots=None, key_slots=None,
+        self,
+        decode_params: Params,
+        tokens_BT,
+        positions_BT,
+        mask_BTS,
+        cache: Cache,
+        slot,
+        query_slots=None,
+        key_slots=None,
+        prefix: Cache | None = None,
     ) -> tuple[jax.Array, Cache]:
         """T new tokens written at cache slots [slot, slot + T): hidden states [B, T, D] and the new cache.
 
         `mask_BTS` says which slots each new token sees. Prefill is the call with T = prompt length. In a ring the slots
         are not in the order of the tokens: `query_slots` [T] and `key_slots` [S] then number them for windows.
+        `prefix` is a cache of B / A rows, the slots before those of `cache`: A rows each attend to the same one.
         """  # fmt: skip
         c = self.config
         x_BTD = _apply(Embed(c), decode_params["embed"], tokens_BT, positions_BT)
@@ -351,10 +360,13 @@ class Model:
             key_slots = jnp.arange(mask_BTS.shape[2], dtype=jnp.int32)
         views = layer_views(c, positions_BT, mask_BTS, query_slots, key_slots)
         new_cache = []
-        for layer, windowed, layer_cache in zip(
-            decode_params["layers"], c.layers_windowed, cache, strict=True
+        before = prefix or [None] * c.n_layers
+        for layer, windowed, layer_cache, shared in zip(
+            decode_params["layers"], c.layers_windowed, cache, before, strict=True
         ):
-            x_BTD, (layer_cache, _) = _apply(Block(c), layer, x_BTD, windowed, views, layer_cache, slot)
+            x_BTD, (layer_cache, _) = _apply(
+                Block(c), layer, x_BTD, windowed, views, layer_cache, slot, shared
+            )
             new_cache.append(layer_cache)
         return _apply(norm(c, "final_norm"), decode_params["final_norm"], x_BTD), new_cache
 

@@ -12,15 +12,25 @@ from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
 from jrlhf.sharding import RULES, batch_ways, fetch
 from jrlhf.types import Params, Prompts, Rollout
 
+
 class Slots(NamedTuple):
     """Rows that are being sampled, one in each of S slots."""
 
-    row_S: jax.Array  # which prompt; N: none
+    row_S: jax.Array  # which of the N rows; N: none yet
     age_S: jax.Array  # tokens drawn so far
     live_S: jax.Array
     hidden_SD: jax.Array  # of the last token: its logits are those of the next
     seen_SL: jax.Array  # places of the cache that hold tokens of this row
     cache: Cache  # [S, K, L, H] a layer
+
+
+class Read(NamedTuple):
+    """Prompts after their prefill, C of the Q: what rows start from."""
+
+    first: jax.Array  # the number of the first of them
+    hidden_CD: jax.Array  # of the last token
+    mask_CP: jax.Array
+    cache: Cache  # [C, K, P, H] a layer
 
 
 class Drawn(NamedTuple):
@@ -32,109 +42,159 @@ class Drawn(NamedTuple):
     ended_N: jax.Array
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="slots")
-def rollout(
-    model: Model, params: Params, prompts: Prompts, key: jax.Array, sampling: Sampling, slots: int = 0
-) -> Rollout:
-    """Continue every prompt until a stop token or `max_new_tokens`.
+class State(NamedTuple):
+    at: jax.Array  # the place that the next token of every slot is written to, before it is wrapped
+    waiting: jax.Array  # the first row that has no slot yet
+    slots: Slots
+    read: Read
+    drawn: Drawn
 
-    prompts: tokens and mask [N, P], left-padded. key: one key; row i draws from `fold_in(key, i)`, so that a row's
-    tokens do not depend on the other rows. Returns a `Rollout` of [N, P + R] tokens whose `logprobs` are those of
-    the distribution that was sampled (temperature and filters included).
+
+@partial(jax.jit, static_argnums=0, static_argnames=("group", "slots"))
+def rollout(
+    model: Model,
+    params: Params,
+    prompts: Prompts,
+    key: jax.Array,
+    sampling: Sampling,
+    group: int = 1,
+    slots: int = 0,
+    first_row: jax.Array | int = 0,
+) -> Rollout:
+    """Continue every prompt `group` times, until a stop token or `max_new_tokens`.
+
+    prompts: tokens and mask [Q, P], left-padded. key: one key; row i draws from `fold_in(key, first_row + i)`, so that
+    a row's tokens do not depend on the other rows. Returns a `Rollout` of N = Q * group rows, those of a prompt next
+    to each other, [N, P + R] tokens whose `logprobs` are those of the distribution that was sampled (temperature and
+    filters included).
 
     slots: how many rows are sampled at a time, 0 for all. Where there are more rows, each that ends leaves its slot to
-    the next prompt, inside this one program. Draws depend on the row alone, so `slots` changes no token (but for
-    rounding, where a sum over the cache is taken in another order), only speed and memory.
+    the next one, inside this one program. `group` and `slots` change no draw, only speed and memory (tokens may differ
+    where rounding decides: sums are taken in another order).
 
-    Tokens are decoded by `lax.scan` in chunks inside a `while_loop`: the scan has a known length (no host
-    synchronisation per token on a GPU), the loop ends when all rows have. All slots write to the same place of their
-    caches, a ring: one contiguous update for all of them, whatever their ages (a row that starts later finds its prompt
-    copied to the places behind). On a mesh every shard of the batch has slots and a queue of its own.
+    - A prompt is read once, whatever its group. With all rows at a time its keys and values are not copied either: the
+      group's answers attend to the same ones.
+    - Tokens are decoded by `lax.scan` in chunks inside a `while_loop`: the scan has a known length (no host
+      synchronisation per token on a GPU), the loop ends when all rows have.
+    - All slots write to the same place of their caches, one contiguous update whatever their ages. With a queue the
+      cache is a ring, and the prompt of a row that starts later is copied to the places behind the current one;
+      without, it grows in a few steps, so that attention does not read what is still empty.
+    - On a mesh every shard of the batch has slots and a queue of its own, and whole weights (but for `tensor`).
     """
     decode_params = model.decode_params(params)
-    tokens_NP, mask_NP = jnp.asarray(prompts.tokens, jnp.int32), jnp.asarray(prompts.mask, bool)
-    keys_N = row_keys(key, len(tokens_NP))
+    tokens_QP, mask_QP = jnp.asarray(prompts.tokens, jnp.int32), jnp.asarray(prompts.mask, bool)
+    keys_N = row_keys(key, len(tokens_QP) * group, first_row)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        drawn = _sample(model, slots, decode_params, tokens_NP, mask_NP, keys_N, sampling)
+        drawn = _sample(model, group, slots, decode_params, tokens_QP, mask_QP, keys_N, sampling)
     else:
-        ways, batch = batch_ways(mesh), jax.P(RULES["batch"])
-        here = partial(_sample, model, slots // ways)
+        batch = jax.P(RULES["batch"])
+        here = partial(_sample, model, group, slots // batch_ways(mesh))
         drawn = jax.shard_map(
             here, in_specs=(jax.P(), batch, batch, batch, jax.P()), out_specs=batch, axis_names=set(RULES["batch"]),
             check_vma=False,
-        )(decode_params, tokens_NP, mask_NP, keys_N, sampling)  # fmt: skip
+        )(decode_params, tokens_QP, mask_QP, keys_N, sampling)  # fmt: skip
+    repeated = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
     return Rollout(
-        tokens=jnp.concatenate([tokens_NP, drawn.tokens_NR], axis=1),
-        mask=jnp.concatenate([mask_NP, drawn.mask_NR], axis=1),
+        tokens=jnp.concatenate([repeated(tokens_QP), drawn.tokens_NR], axis=1),
+        mask=jnp.concatenate([repeated(mask_QP), drawn.mask_NR], axis=1),
         response_mask=drawn.mask_NR,
         logprobs=drawn.logprobs_NR,
         ended=drawn.ended_N,
     )
 
 
-def _sample(model: Model, slots: int, params: Params, tokens_NP, mask_NP, keys_N, sampling: Sampling) -> Drawn:
+def _sample(
+    model: Model, group: int, slots: int, params: Params, tokens_QP, mask_QP, keys_N, sampling: Sampling
+) -> Drawn:
     """The rows of one device (or of one group of devices that share a model)."""
-    n, p = tokens_NP.shape
-    s, r = min(slots or n, n), sampling.max_new_tokens
+    (q, p), r = tokens_QP.shape, sampling.max_new_tokens
+    n = q * group
+    s = min(slots or n, n)
+    queue = n > s
+    shared = group > 1 and not queue  # the prompts' keys and values stay where they were read
     chunk = min(4 if s <= 8 else 8, r)
-    at_once = max(s // 8, 1)  # rows that start together in slots that became free
-    length = p + -(-r // chunk) * chunk  # of the ring
-    places_L = jnp.arange(length, dtype=jnp.int32)
+    steps = -(-r // chunk) * chunk
+    # With a queue prompts are read a few at a time, and rows start where as many slots are free.
+    c = max(s // group // 8, 1) if queue else q
+    at_once = c * group if queue else s
+    before = p if shared else 0  # slots of the cache's numbering that are not in the slots' own cache
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
-    prompt_length_N = jnp.sum(mask_NP, axis=1, dtype=jnp.int32)
+    length_N = jnp.repeat(jnp.sum(mask_QP, axis=1, dtype=jnp.int32), group)
 
-    def prefill(rows, at) -> Slots:
-        """New rows, their prompts in the places of the ring before `at`. The prompt sees itself causally."""
-        tokens, mask = tokens_NP[rows], mask_NP[rows]
+    def read_prompts(first) -> Read:
+        """Prompts first ... first + C. Each sees itself causally."""
+        index = jnp.minimum(first + jnp.arange(c, dtype=jnp.int32), q - 1)
+        tokens, mask = tokens_QP[index], mask_QP[index]
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         causal = jnp.tril(jnp.ones((p, p), bool))[None] & mask[:, None, :]
-        empty = model.init_cache(len(tokens), p)
-        hidden, cache = model.decode(params, tokens, positions, causal, empty, jnp.int32(0))
-        to_ring = lambda x, axis: jnp.roll(  # noqa: E731
-            jnp.pad(x, [(0, length - p if a == axis else 0) for a in range(x.ndim)]), at - p, axis
-        )
-        zero = jnp.zeros(len(tokens), jnp.int32)
-        live = jnp.ones(len(tokens), bool)
-        return Slots(
-            rows, zero, live, hidden[:, -1], to_ring(mask, 1), jax.tree.map(lambda x: to_ring(x, 2), cache)
-        )
+        hidden, cache = model.decode(params, tokens, positions, causal, model.init_cache(c, p), jnp.int32(0))
+        return Read(first, hidden[:, -1], mask, cache)
 
-    def refill(state):
-        at, waiting, slots_, drawn = state
-        free_C = jnp.argsort(slots_.live_S)[:at_once]  # stable: free slots come first
-        rows_C = waiting + jnp.arange(at_once, dtype=jnp.int32)
-        usable_C = ~slots_.live_S[free_C] & (rows_C < n)
-        new = prefill(jnp.minimum(rows_C, n - 1), at)
-        place_C = jnp.where(usable_C, free_C, s)
-        slots_ = jax.tree.map(lambda old, new: old.at[place_C].set(new, mode="drop"), slots_, new)
-        return at, waiting + jnp.sum(usable_C, dtype=jnp.int32), slots_, drawn
+    def started(read: Read, rows, at, length: int) -> Slots:
+        """Rows before their first token. Where prompts are not shared, they lie in the places before `at`."""
+        of = jnp.clip(rows // group - read.first, 0, c - 1)
+        a = len(rows)
 
-    def decode_one(carry, j):
-        at, slots_ = carry
-        logits_SV = filter_logits(model.logits(params, slots_.hidden_SD[:, None])[:, 0], sampling)
-        row_S = jnp.minimum(slots_.row_S, n - 1)
-        token_S = draw(logits_SV, keys_N[row_S], slots_.age_S)
+        def to_places(x, axis):
+            room = jnp.pad(x, [(0, length - p if i == axis else 0) for i in range(x.ndim)])
+            return jnp.roll(room, at - p, axis) if queue else room
+
+        if shared:
+            seen, cache = jnp.pad(read.mask_CP[of], ((0, 0), (0, length))), model.init_cache(a, length)
+        else:
+            seen = to_places(read.mask_CP[of], 1)
+            cache = jax.tree.map(lambda x: to_places(x[of], 2), read.cache)
+        age = jnp.zeros(a, jnp.int32)
+        return Slots(rows, age, jnp.ones(a, bool), read.hidden_CD[of], seen, cache)
+
+    def refill(state: State) -> State:
+        """Rows whose prompts are read start in free slots."""
+        read = jax.lax.cond(
+            state.waiting // group >= state.read.first + c,
+            lambda: read_prompts(state.waiting // group),
+            lambda: state.read,
+        )
+        free_A = jnp.argsort(state.slots.live_S)[:at_once]  # stable: free slots come first
+        rows_A = state.waiting + jnp.arange(at_once, dtype=jnp.int32)
+        usable_A = ~state.slots.live_S[free_A] & (rows_A < n) & (rows_A // group < read.first + c)
+        new = started(read, rows_A, state.at, state.slots.seen_SL.shape[1])
+        place_A = jnp.where(usable_A, free_A, s)
+        slots = jax.tree.map(lambda old, new: old.at[place_A].set(new, mode="drop"), state.slots, new)
+        waiting = state.waiting + jnp.sum(usable_A, dtype=jnp.int32)
+        return state._replace(waiting=waiting, slots=slots, read=read)
+
+    def decode_one(carry, prefix: Cache | None):
+        at, slots = carry
+        length = slots.cache[0].k_BKSH.shape[2]
+        place = (at - before) % length
+        places_L = jnp.arange(length, dtype=jnp.int32)
+        behind_L = at - (place - places_L) % length if queue else before + places_L
+        numbers_L = jnp.concatenate([jnp.arange(before, dtype=jnp.int32), behind_L])
+
+        logits_SV = filter_logits(model.logits(params, slots.hidden_SD[:, None])[:, 0], sampling)
+        row_S = jnp.minimum(slots.row_S, n - 1)
+        token_S = draw(logits_SV, keys_N[row_S], slots.age_S)
         logprob_S = jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0]
-        live_S = slots_.live_S
+        live_S = slots.live_S
         token_S = jnp.where(live_S, token_S, jnp.int32(sampling.pad_id))
         stopped_S = jnp.any(token_S[:, None] == stops[None], axis=1) & live_S
-        place = at % length
-        seen_SL = slots_.seen_SL | (places_L == place)[None]
+        seen_SL = slots.seen_SL | (jnp.arange(before + length) == before + place)[None]
         hidden_S1D, cache = model.decode(
-            params, token_S[:, None], (prompt_length_N[row_S] + slots_.age_S)[:, None], seen_SL[:, None],
-            slots_.cache, place, key_slots=at - (place - places_L) % length, query_slots=at[None],
+            params, token_S[:, None], (length_N[row_S] + slots.age_S)[:, None], seen_SL[:, None], slots.cache, place,
+            query_slots=at[None], key_slots=numbers_L, prefix=prefix,
         )  # fmt: skip
-        age_S = slots_.age_S + live_S.astype(jnp.int32)
-        slots_ = Slots(
-            slots_.row_S, age_S, live_S & ~stopped_S & (age_S < r), hidden_S1D[:, 0], seen_SL, cache
-        )
-        return (at + 1, slots_), (token_S, jnp.where(live_S, logprob_S, 0.0), live_S, stopped_S)
+        age_S = slots.age_S + live_S.astype(jnp.int32)
+        live_next_S = live_S & ~stopped_S & (age_S < r)
+        slots = Slots(slots.row_S, age_S, live_next_S, hidden_S1D[:, 0], seen_SL, cache)
+        return (at + 1, slots), (token_S, jnp.where(live_S, logprob_S, 0.0), live_S, stopped_S)
 
-    def decode_chunk(state):
-        at, waiting, slots_, drawn = state
-        row_S, age_S = slots_.row_S, slots_.age_S
-        (at, slots_), out = jax.lax.scan(decode_one, (at, slots_), jnp.arange(chunk))
+    def decode_chunk(state: State) -> State:
+        row_S, age_S, drawn = state.slots.row_S, state.slots.age_S, state.drawn
+        prefix = state.read.cache if shared else None
+        (at, slots), out = jax.lax.scan(
+            lambda carry, _: decode_one(carry, prefix), (state.at, state.slots), None, length=chunk
+        )
         tokens, logprobs, live, stopped = (x.T for x in out)
         to = (jnp.where(live, row_S[:, None], n), age_S[:, None] + jnp.arange(chunk)[None])
         drawn = Drawn(
@@ -143,31 +203,47 @@ def _sample(model: Model, slots: int, params: Params, tokens_NP, mask_NP, keys_N
             drawn.mask_NR.at[to].set(live, mode="drop"),
             drawn.ended_N.at[jnp.where(jnp.any(stopped, axis=1), row_S, n)].set(True, mode="drop"),
         )
-        return at, waiting, slots_, drawn
+        return state._replace(at=at, slots=slots, drawn=drawn)
 
-    def can_start(state):
-        _, waiting, slots_, _ = state
-        free = jnp.sum(~slots_.live_S)
-        return (waiting < n) & (free >= jnp.minimum(at_once, n - waiting))
+    def can_start(state: State):
+        free = jnp.sum(~state.slots.live_S)
+        return (state.waiting < n) & (free >= jnp.minimum(at_once, n - state.waiting))
 
-    def body(state):
-        if n > s:
-            state = jax.lax.while_loop(can_start, refill, state)
-        return decode_chunk(state)
+    def body(state: State) -> State:
+        return decode_chunk(jax.lax.while_loop(can_start, refill, state) if queue else state)
 
-    def unfinished(state):
-        _, waiting, slots_, _ = state
-        return (waiting < n) | jnp.any(slots_.live_S)
+    def unfinished(state: State):
+        return (state.waiting < n) | jnp.any(state.slots.live_S)
 
-    first = jnp.arange(s, dtype=jnp.int32)
+    def grown(state: State, length: int) -> State:
+        more = length - state.slots.cache[0].k_BKSH.shape[2]
+        wider = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+        cache = jax.tree.map(lambda x: wider(x, 2), state.slots.cache)
+        return state._replace(slots=state.slots._replace(seen_SL=wider(state.slots.seen_SL, 1), cache=cache))
+
     nothing = Drawn(
         jnp.full((n, r), sampling.pad_id, jnp.int32),
         jnp.zeros((n, r), jnp.float32),
         jnp.zeros((n, r), bool),
         jnp.zeros(n, bool),
     )
-    start = (jnp.int32(p), jnp.int32(s), prefill(first, jnp.int32(p)), nothing)
-    return jax.lax.while_loop(unfinished, body, start)[3]
+    read, at = read_prompts(jnp.int32(0)), jnp.int32(p)
+    if queue:
+        idle = started(read, jnp.full(s, n, jnp.int32), at, p + steps)._replace(live_S=jnp.zeros(s, bool))
+        return jax.lax.while_loop(unfinished, body, State(at, jnp.int32(0), idle, read, nothing)).drawn
+    ends = _cache_ends(steps, chunk)
+    first = started(read, jnp.arange(n, dtype=jnp.int32), at, p - before + ends[0])
+    state = State(at, jnp.int32(n), first, read, nothing)
+    for end in ends:
+        state = grown(state, p - before + end)
+        state = jax.lax.while_loop(lambda x, end=end: unfinished(x) & (x.at < p + end), body, state)
+    return state.drawn
+
+
+def _cache_ends(steps: int, chunk: int) -> list[int]:
+    """After how many tokens the cache grows: one to four pieces of at least 128 tokens, whole chunks each."""
+    pieces = min(max(steps // 128, 1), 4)
+    return [-(-steps * (i + 1) // pieces // chunk) * chunk for i in range(pieces)]
 
 
 def pad_prompts(ids: list[list[int]], length: int, pad_id: int) -> Prompts:

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jrlhf.config import UserError
+from jrlhf.config import UserError, no_fingerprint
 
 NEG = -1e30  # a logit that is never sampled; finite, so that no NaN can come of it
 
@@ -20,6 +20,8 @@ class SamplingConfig:
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set with at least this probability; 1: all
     min_p: float = 0.0  # keep tokens with at least this share of the most likely one's probability
+    # Rows that are sampled at a time: each that ends leaves its slot to the next. 0: 16 a device on a CPU, else 256.
+    slots: int = no_fingerprint(0)
 
     def __post_init__(self):
         checks = {
@@ -28,6 +30,7 @@ class SamplingConfig:
             "top_k": (self.top_k >= 0, "zero or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            "slots": (self.slots >= 0, "zero or more"),
         }
         for name, (ok, rule) in checks.items():
             if not ok:
@@ -145,9 +148,9 @@ def _first_above(cum, mass, target) -> jax.Array:
     return jnp.where(jnp.any(above, -1), jnp.argmax(above, -1), jnp.argmax(mass, -1))
 
 
-def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """One key per row, a function of the row's index alone: draws do not depend on how rows are batched."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+def row_keys(key: jax.Array, rows: int, first: jax.Array | int = 0) -> jax.Array:
+    """One key per row, a function of the row's number alone: draws do not depend on how rows are batched."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(rows, dtype=jnp.int32))
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array, steps_B: jax.Array) -> jax.Array:

@@ -16,10 +16,14 @@ from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
-from jrlhf.sharding import fetch, leads, put_batch
+from jrlhf.sharding import batch_ways, fetch, leads, put_batch
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.rewards import Reward, Texts, on_host_scores, read_texts
-from jrlhf.types import Params, Rollout
+from jrlhf.types import Params, Prompts, Rollout
+
+
+BLOCK = 1024  # rows that one call draws, where there are many
+SLOTS = {"cpu": 16}  # rows sampled at a time on each device, by backend
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,44 @@ class Sampler:
     def sampling(self) -> Sampling:
         return make_sampling(self.config, self.tokenizer.eos_ids, self.tokenizer.pad_id)
 
-    def put_prompts(self, ids: list[list[int]]) -> Any:
+    def put_prompts(self, ids: list[list[int]]) -> Prompts:
         return put_batch(self.mesh, pad_prompts(ids, self.prompt_length, self.tokenizer.pad_id))
 
-    def sample(
-        self, params: Params, ids: list[list[int]], key: jax.Array, progress: Callable | None = None
+    def draw(
+        self, params: Params, ids: list[list[int]], key: jax.Array, group: int = 1, first_row: int = 0
     ) -> Rollout:
-        """One response per prompt (repeat prompts for several), as numpy arrays of len(ids) rows."""
-        size = chunk_rows(len(ids), self.mesh)
-        out = []
-        for n, start in enumerate(range(0, len(ids), size)):
-            rows = ids[start : start + size]
-            rows = rows + [ids[0]] * (size - len(rows))
-            prompts = self.put_prompts(rows)
-            out.append(fetch(rollout(self.model, params, prompts, jax.random.fold_in(key, n), self.sampling)))
+        """`group` responses to each prompt, next to each other, on the devices: one call of `rollout`.
+
+        The rows must divide over the mesh. `first_row` numbers the first of them, for its draws.
+        """
+        rows, ways = len(ids) * group, batch_ways(self.mesh)
+        # Prompts are split over the mesh: where there are too few, some are given several times.
+        copies = next(n for n in range(1, group + 1) if group % n == 0 and len(ids) * n % ways == 0)
+        prompts = self.put_prompts([row for row in ids for _ in range(copies)])
+        slots = (self.config.slots or SLOTS.get(jax.default_backend(), 256) * ways) // ways * ways or ways
+        return rollout(
+            self.model, params, prompts, key, self.sampling, group // copies, slots if slots < rows else 0, first_row
+        )  # fmt: skip
+
+    def sample(
+        self,
+        params: Params,
+        ids: list[list[int]],
+        key: jax.Array,
+        progress: Callable | None = None,
+        group: int = 1,
+    ) -> Rollout:
+        """`group` responses to each prompt, next to each other, as numpy arrays of len(ids) * group rows."""
+        ways, out = batch_ways(self.mesh), []
+        # A fixed number of prompts at a time: more need another program, or more memory for what is drawn.
+        size = -(-min(len(ids), max(BLOCK // group, 1)) // ways) * ways
+        for start in range(0, len(ids), size):
+            some = ids[start : start + size]
+            some = some + [ids[0]] * (size - len(some))
+            out.append(fetch(self.draw(params, some, key, group, start * group)))
             if progress is not None:
-                progress(min(start + size, len(ids)))
-        return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids)], *out)
+                progress(min(start + size, len(ids)) * group)
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids) * group], *out)
 
 
 def prompt_slots(*ids: list[list[int]]) -> int:

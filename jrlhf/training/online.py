@@ -15,7 +15,6 @@ from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches, EasyFirst
 from jrlhf.data.curation import Curriculum
 from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
-from jrlhf.rollout.rollout import rollout
 from jrlhf.sharding import check_batch, fetch, put_batch
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
@@ -82,13 +81,15 @@ def train_online(
 
     def answers(state: TrainState, number: int, sampler: Sampler, dispatched: Callable[[], None]) -> Scored:
         """Of one round: a batch of prompts, their answers by the current policy, and the rewards."""
-        index = [i for i in batches.indices(number) for _ in range(config.group_size)]
-        prompts = sampler.put_prompts([ids[i] for i in index])
+        of_round = batches.indices(number)
+        index = [i for i in of_round for _ in range(config.group_size)]
         if config.sample_from == "reference":
             model, params = sampler.model.base, reference_params(state._replace(ref_params=frozen))
         else:
             model, params = sampler.model, sampler.model.whole(state.params["policy"], frozen)
-        samples = rollout(model, params, prompts, jax.random.fold_in(key, number), sampler.sampling)
+        sampler = replace(sampler, model=model)
+        draw = jax.random.fold_in(key, number)
+        samples = sampler.draw(params, [ids[i] for i in of_round], draw, config.group_size)
         dispatched()
         # A program reads the text on the host, a reward model stays on the devices.
         texts = read_texts(samples, [rows[i] for i in index], sampler.tokenizer) if need_text else None

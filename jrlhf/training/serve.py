@@ -315,9 +315,9 @@ def respond(
         raise UserError(
             f"the prompt is too long: its {len(encoded)} tokens do not fit the model's context of {context}{beside}"
         )
-    ids = [encoded.tolist()] * n
+    ids = [encoded.tolist()]
     config = SamplingConfig(max_new_tokens or min(256, context - len(encoded)), **sampling)
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
     sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
-    samples = sampler.sample(loaded.params, ids, jax.random.key(seed))
+    samples = sampler.sample(loaded.params, ids, jax.random.key(seed), group=n)
     return [loaded.tokenizer.decode(row) for row in response_ids(samples)]

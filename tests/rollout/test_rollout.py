@@ -1,5 +1,6 @@
 """Sampled rows: their log-probabilities are the trainer's, and each depends on its own prompt and key alone."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from helpers import AXES, MESHES, MODEL, TINY, fake_params, lm_params
 
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
-from jrlhf.rollout.rollout import pad_prompts, response_ids, rollout
+from jrlhf.rollout.rollout import _cache_ends, pad_prompts, response_ids, rollout
 from jrlhf.rollout.sampling import SamplingConfig, make_sampling
 from jrlhf.sharding import make_mesh, put_batch, state_shardings
 
@@ -229,39 +230,84 @@ def test_pad_prompts():
     assert TINY.vocab_size == 32
 
 
-# --- slots ------------------------------------------------------------------------------------------------------
+# --- slots and groups -------------------------------------------------------------------------------------------
+
+STOPS = (3, 7, 9, 11)
 
 
-def many(rows=40):
+def many(rows=40, repeated=1):
     rng = np.random.default_rng(6)
-    return pad_prompts([rng.integers(8, 32, rng.integers(1, PROMPT + 1)).tolist() for _ in range(rows)], PROMPT, PAD)
+    ids = [rng.integers(8, 32, rng.integers(1, PROMPT + 1)).tolist() for _ in range(rows)]
+    return pad_prompts([row for row in ids for _ in range(repeated)], PROMPT, PAD)
+
+
+def drawn(model, params, batch, **how):
+    rule = sampling(1.2, max_new_tokens=22, stop=STOPS)
+    return jax.device_get(rollout(model, params, batch, KEY, rule, **how))
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 16, 40])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 6, "top_p": 0.9}])
-def test_slots_change_no_token(params, slots, filters):
-    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11), **filters)
-    at_once = jax.device_get(rollout(MODEL, params, many(), KEY, rule))
-    in_turn = jax.device_get(rollout(MODEL, params, many(), KEY, rule, slots=slots))
-    same(in_turn, at_once)
+def test_slots_change_no_token(params, slots):
+    at_once = drawn(MODEL, params, many())
+    same(drawn(MODEL, params, many(), slots=slots), at_once)
     lengths = at_once.response_mask.sum(1)
-    assert lengths.min() < 3 and lengths.max() == 22  # rows end at all times
+    assert lengths.min() < 3  # rows end at all times
+    assert lengths.max() == 22
 
 
+@pytest.mark.parametrize("slots", [0, 4, 5, 12])
+def test_a_prompt_that_is_read_once_gives_its_group_the_same_tokens(params, slots):
+    alone = drawn(MODEL, params, many(10, repeated=4))
+    same(drawn(MODEL, params, many(10), group=4, slots=slots), alone)
+
+
+@pytest.mark.parametrize("how", [{}, {"slots": 8}, {"group": 4}, {"group": 4, "slots": 8}], ids=str)
 @pytest.mark.parametrize("name", MESHES)
-def test_slots_of_a_mesh_change_no_token(params, name):
-    mesh = make_mesh(MESHES[name])
-    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11))
+def test_slots_and_groups_on_a_mesh_change_no_token(params, name, how):
+    mesh, group = make_mesh(MESHES[name]), how.get("group", 1)
+    rule = sampling(1.2, max_new_tokens=22, stop=STOPS)
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, state_shardings(mesh, params, AXES))
-        out = rollout(MODEL, spread, put_batch(mesh, many()), KEY, rule, slots=8)
-    same(jax.device_get(out), jax.device_get(rollout(MODEL, params, many(), KEY, rule)))
+        out = rollout(MODEL, spread, put_batch(mesh, many(64 // group)), KEY, rule, **how)
+    same(jax.device_get(out), drawn(MODEL, params, many(64 // group, repeated=group)))
 
 
-@pytest.mark.parametrize("change", [{"window": 4}, {"positions": "learned"}])
-def test_slots_with_windows_and_learned_positions(change):
+@pytest.mark.parametrize(
+    "change",
+    [{"window": 4, "windowed": (True, False)}, {"positions": "learned"}, {"attention_softcap": 5.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("how", [{"slots": 4}, {"group": 4}, {"group": 4, "slots": 8}], ids=str)
+def test_slots_and_groups_of_every_kind_of_attention(change, how):
     model = Model(replace(TINY, **change))
-    params = fake_params(model)
-    rule = sampling(1.2, max_new_tokens=22, stop=(3, 7, 9, 11))
-    at_once, in_turn = (jax.device_get(rollout(model, params, many(), KEY, rule, slots=n)) for n in (0, 4))
-    same(in_turn, at_once)
+    params, group = fake_params(model), how.get("group", 1)
+    alone = drawn(model, params, many(40 // group, repeated=group))
+    same(drawn(model, params, many(40 // group), **how), alone)
+
+
+def test_a_cache_that_grows_changes_no_token(params, monkeypatch):
+    """Long answers: the cache has room for a part of them, then for more."""
+    module = sys.modules[rollout.__module__]
+    grows = drawn(MODEL, params, many(8))
+    monkeypatch.setattr(module, "_cache_ends", lambda steps, chunk: [chunk, 3 * chunk, steps])
+    jax.clear_caches()
+    same(drawn(MODEL, params, many(8)), grows)
+    same(drawn(MODEL, params, many(2), group=4), drawn(MODEL, params, many(2, repeated=4)))
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("steps", "chunk"), [(4, 4), (128, 8), (200, 8), (256, 8), (1000, 8), (4096, 8)])
+def test_the_cache_ends_where_the_last_token_does(steps, chunk):
+    ends = _cache_ends(steps, chunk)
+    assert ends[-1] == steps
+    assert all(end % chunk == 0 for end in ends)
+    assert ends == sorted(set(ends))
+    assert len(ends) == min(max(steps // 128, 1), 4)
+
+
+def test_rows_are_numbered_from_the_first(params):
+    """A batch in two calls draws what one call draws."""
+    batch = many(16)
+    second = jax.tree.map(lambda x: x[8:], batch)
+    whole, part = drawn(MODEL, params, batch), drawn(MODEL, params, second, first_row=8)
+    same(part, jax.tree.map(lambda x: x[8:], whole))

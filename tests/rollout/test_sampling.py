@@ -119,7 +119,7 @@ def test_draws_follow_the_distribution_and_change_with_step_and_row():
     logits = np.broadcast_to(np.random.default_rng(1).standard_normal(vocab).astype(np.float32), (n, vocab))
     keys = row_keys(jax.random.key(3), n)
     step = jax.jit(draw)
-    first, second = (np.asarray(step(logits, keys, jnp.int32(t))) for t in (0, 1))
+    first, second = (np.asarray(step(logits, keys, jnp.full(n, t))) for t in (0, 1))
     p = softmax(logits[0].astype(np.float64))
     for drawn in (first, second):
         chi_square = np.sum((np.bincount(drawn, minlength=vocab) - n * p) ** 2 / (n * p))

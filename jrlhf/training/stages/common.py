@@ -181,9 +181,8 @@ def sample_answers(
     rows, ids = usable_prompts(policy, stage.prompts, limit, stage.sampling, stage.too_long, ctx, "prompts")
     check_all(rewards)(rows)
     sampler = Sampler(policy.model, policy.tokenizer, make_mesh(ctx.mesh), stage.sampling, prompt_slots(ids))
-    repeated = [row for row in ids for _ in range(n)]
-    with progress(ctx.console, len(repeated), f"{ctx.name}: sampling") as bar:
-        samples = sampler.sample(policy.params, repeated, stage_key(ctx), bar.update)
+    with progress(ctx.console, len(ids) * n, f"{ctx.name}: sampling") as bar:
+        samples = sampler.sample(policy.params, ids, stage_key(ctx), bar.update, group=n)
     texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
     return Sampled(rows, ids, samples, texts)
 

@@ -19,7 +19,6 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.distillation import forward_kl, reverse_kl
 from jrlhf.ops.masking import positions_from_mask
 from jrlhf.optim import OptimConfig, build_optimizer
-from jrlhf.rollout.rollout import rollout
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
@@ -183,10 +182,10 @@ class Distill(FineTuningStage):
         def do_step(state: TrainState, n: int, finish: Callable[[], None]):
             extra: dict[str, Any] = {"distill/on_policy": float(own[n])}
             if own[n]:
-                prompts = sampler.put_prompts([ids[i] for i in batches.indices(int(before[n]))])
+                prompts = [ids[i] for i in batches.indices(int(before[n]))]
                 policy = sampler.model.whole(state.params["policy"], beginning.frozen)
                 draw = jax.random.fold_in(jax.random.fold_in(key, 3), n)
-                samples = rollout(sampler.model, policy, prompts, draw, sampler.sampling)
+                samples = sampler.draw(policy, prompts, draw)
                 batch = make_batch(state, samples)
                 lengths = jnp.sum(samples.response_mask, axis=1, dtype=jnp.float32)
                 extra["rollout/len_mean"] = jnp.mean(lengths)

@@ -200,7 +200,7 @@ class Evaluate(MeshStage):
         console: Console,
     ) -> tuple[dict, Texts, Mapping[str, Array]]:
         n = self.samples
-        samples = sampler.sample(policy.params, [row for row in ids for _ in range(n)], key)
+        samples = sampler.sample(policy.params, ids, key, group=n)
         texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
         base_logprobs = Scorer(base.model, sampler.mesh, self.sampling.temperature).logprobs(
             base.params, samples
