@@ -180,7 +180,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, view: View, cache: LayerCache | None, slot, prefix: LayerCache | None):
-        """Without a cache T = S and keys are this call's own. With one, the T keys are written at `slot`."""
+        """-> (what was attended to, keys). Without a cache T = S and the keys are this call's own. With one, the T keys
+        are written at `slot`. With a prefix, A rows next to each other see one row of it before their own keys."""
         c = self.config
         n, k, h = c.n_heads, c.n_kv_heads, c.head_size
         q = linear(self, "q", x_BTD, ("embed",), {"heads": n, "head_dim": h}, c.qkv_bias)
@@ -195,14 +196,18 @@ class Attention(nn.Module):
         scale = (c.query_scalar or h) ** -0.5
         if cache is None:
             q = constrain(q, "batch", "length", "heads", "head_dim")
+            cache = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
             if attention_implementation(c) == "cudnn":
+                if prefix is not None:  # the kernel takes keys of whole rows
+                    before = jax.tree.map(lambda x: jnp.repeat(x, len(q) // len(x), axis=0).swapaxes(1, 2), prefix)
+                    key = jnp.concatenate([before.k_BKSH, key], axis=1)
+                    value = jnp.concatenate([before.v_BKSH, value], axis=1)
                 mask_B1TS = view.mask_BTS[:, None]
                 out = jax.nn.dot_product_attention(
                     q, key, value, mask=mask_B1TS, scale=scale, implementation="cudnn"
                 )
             else:
-                keys = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
-                out = attend(q, keys, view.mask_BTS, scale, c.attention_softcap)
+                out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
         else:
             zero = jnp.zeros((), slot.dtype)
             at = (zero, zero, slot, zero)

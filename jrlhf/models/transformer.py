@@ -64,6 +64,7 @@ class Decoder(nn.Module):
         t = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         views = layer_views(c, positions_BT, mask_BTT, t, t)
         windowed_L = jnp.asarray(c.layers_windowed)
+        # The keys are nobody's; unused, they are not kept.
         x_BTD, (_, balance_L2E) = layers(c, name="layers")(x_BTD, windowed_L, views)
         x_BTD = norm(c, "final_norm")(x_BTD)
         if self.head == "scalar":
@@ -259,15 +260,58 @@ class Model:
         return logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature)
 
     def logprobs(
-        self, params, tokens_BT, segment_ids_BT, start: int = 1, temperature=1.0, positions_BT=None
+        self, params, tokens_BT, segment_ids_BT, start: int = 1, temperature=1.0, positions_BT=None, group: int = 1
     ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies of tokens [start, T) given what precedes them, each [B, T - start].
 
         Only the positions that predict them reach the head. Padding and segment starts hold numbers without
         meaning: mask them.
+
+        group > 1: rows next to each other have the same first `start` tokens, left-padded, which then go through the
+        model once for all of them (`hidden_of_groups`).
         """
-        hidden = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)
-        return self.logprobs_of_hidden(params, hidden[:, start - 1 : -1], tokens_BT[:, start:], temperature)
+        if group > 1:
+            hidden = self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
+        else:
+            hidden = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        return self.logprobs_of_hidden(params, hidden, tokens_BT[:, start:], temperature)
+
+    def hidden_of_groups(self, params: Params, tokens_BT, mask_BT, start: int, group: int) -> jax.Array:
+        """Hidden states that predict tokens [start, T): [B, T - start, D], as `hidden` has them.
+
+        `group` rows next to each other share their prompt, the first `start` tokens (left-padded). It goes through the
+        model once, and the group's answers attend to its keys and values and to their own: the forward and backward
+        pass of Q * (P + G * R) tokens in place of Q * G * (P + R).
+        """
+        c = self.config
+        prompt_QP, answer_BR = tokens_BT[::group, :start], tokens_BT[:, start:]
+        seen_BT = mask_BT != 0
+        positions_BT = positions_from_mask(seen_BT)
+        prompt_mask = causal_mask(seen_BT[::group, :start].astype(jnp.int32))
+        own = causal_mask(seen_BT[:, start:].astype(jnp.int32))
+        before = jnp.broadcast_to(seen_BT[:, None, :start], (*own.shape[:2], start))
+        answer_mask = jnp.concatenate([before, own], axis=2) & seen_BT[:, start:, None]
+        slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        prompt_views = layer_views(c, positions_BT[::group, :start], prompt_mask, slots[:start], slots[:start])
+        answer_views = layer_views(c, positions_BT[:, start:], answer_mask, slots[start:], slots)
+
+        def layer(carry, of_layer):
+            x_QPD, x_BRD = carry
+            weights, windowed = of_layer
+            x_QPD, (keys, _) = _apply(Block(c), weights, x_QPD, windowed, prompt_views)
+            x_BRD, _ = _apply(Block(c), weights, x_BRD, windowed, answer_views, None, None, keys)
+            return (x_QPD, x_BRD), None
+
+        if c.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+        embedded = (
+            _apply(Embed(c), params["embed"], prompt_QP, positions_BT[::group, :start]),
+            _apply(Embed(c), params["embed"], answer_BR, positions_BT[:, start:]),
+        )
+        windowed_L = jnp.asarray(c.layers_windowed)
+        (x_QPD, x_BRD), _ = jax.lax.scan(layer, embedded, (params["layers"], windowed_L))
+        predicting = jnp.concatenate([jnp.repeat(x_QPD[:, -1:], group, axis=0), x_BRD[:, :-1]], axis=1)
+        return _apply(norm(c, "final_norm"), params["final_norm"], predicting)
 
     def divergence(
         self,
