@@ -39,6 +39,7 @@ class OnlineDPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
+    shares_prompts: ClassVar[bool] = False
 
     implicit_kl: ClassVar[bool] = True
 

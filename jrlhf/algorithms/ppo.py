@@ -42,6 +42,7 @@ class PPOConfig(OnPolicyConfig):
     """Defaults are those of Huang et al. 2023 where the papers agree."""
 
     token_rewards: ClassVar[bool] = True
+    shares_prompts: ClassVar[bool] = False
 
     beta: float = 0.05
     missing_eos_penalty: float = 1.0

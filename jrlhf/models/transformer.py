@@ -270,14 +270,17 @@ class Model:
         group > 1: rows next to each other have the same first `start` tokens, left-padded, which then go through the
         model once for all of them (`hidden_of_groups`).
         """
-        if group > 1:
-            hidden = self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
-        else:
-            hidden = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        hidden = self.predicting(params, tokens_BT, segment_ids_BT, start, positions_BT, group)
         return self.logprobs_of_hidden(params, hidden, tokens_BT[:, start:], temperature)
 
+    def predicting(self, params, tokens_BT, segment_ids_BT, start, positions_BT=None, group: int = 1) -> jax.Array:
+        """Hidden states that predict tokens [start, T): [B, T - start, D]."""
+        if group > 1:
+            return self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
+        return self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+
     def hidden_of_groups(self, params: Params, tokens_BT, mask_BT, start: int, group: int) -> jax.Array:
-        """Hidden states that predict tokens [start, T): [B, T - start, D], as `hidden` has them.
+        """Hidden states that predict tokens [start, T): [B, T - start, D].
 
         `group` rows next to each other share their prompt, the first `start` tokens (left-padded). It goes through the
         model once, and the group's answers attend to its keys and values and to their own: the forward and backward
@@ -285,7 +288,7 @@ class Model:
         """
         c = self.config
         prompt_QP, answer_BR = tokens_BT[::group, :start], tokens_BT[:, start:]
-        seen_BT = mask_BT != 0
+        seen_BT = jnp.asarray(mask_BT).astype(jnp.int32) != 0
         positions_BT = positions_from_mask(seen_BT)
         prompt_mask = causal_mask(seen_BT[::group, :start].astype(jnp.int32))
         own = causal_mask(seen_BT[:, start:].astype(jnp.int32))
@@ -324,6 +327,7 @@ class Model:
         of: Callable[[jax.Array, jax.Array], jax.Array] = full_kl,
         other: "Model | None" = None,
         positions_BT=None,
+        group: int = 1,
     ) -> jax.Array:
         """A divergence between this model's and another's next-token distributions, at the positions that predict
         tokens [start, T): [B, T - start] float32, over the whole vocabulary.
@@ -334,12 +338,12 @@ class Model:
 
         Gradient: that of `of` at each state with respect to `params`; the other model is a constant. The tokens are
         constants too, so that on samples of this model it leaves out that the model chooses which states it reaches.
-        Padding and segment starts hold numbers without meaning: mask them.
+        Padding and segment starts hold numbers without meaning: mask them. `group` is that of `logprobs`.
         """
         other = self.base if other is None else other
         other_params = jax.lax.stop_gradient(other_params)
-        hidden_BTD = self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
-        other_BTD = other.hidden(other_params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        rows = (tokens_BT, segment_ids_BT, start, positions_BT, group)
+        hidden_BTD, other_BTD = self.predicting(params, *rows), other.predicting(other_params, *rows)
         sizes = {(c.vocab_size, c.padded_vocab) for c in (self.config, other.config)}
         shared = min(sizes)[0] if len(sizes) > 1 else self.config.padded_vocab
 

@@ -52,3 +52,13 @@ def value_and_grad_rows(
     lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
     carry, _ = jax.lax.scan(step, (zero(sums), lowest, zero(grads)), pieces)
     return carry
+
+
+def in_groups(tree: Any, group: int) -> Any:
+    """[B, ...] -> [B / group, group, ...]: rows that stay together, whatever is done with the first axis."""
+    return jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), tree)
+
+
+def flat(tree: Any) -> Any:
+    """The inverse of `in_groups`."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)

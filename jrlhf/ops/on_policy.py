@@ -16,7 +16,7 @@ from jrlhf.config import UserError
 from jrlhf.ops.advantages import overlong_penalty
 from jrlhf.ops.kl import kl_k1, kl_k2, kl_k3
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
-from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
+from jrlhf.ops.microbatch import flat, in_groups, map_rows, value_and_grad_rows
 from jrlhf.ops.reference import refreshed_reference
 from jrlhf.sharding import constrain_rows
 from jrlhf.types import Algorithm, Array, Params, Rollout, TrainState
@@ -43,6 +43,7 @@ class OnPolicyConfig:
     implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
     grouped: ClassVar[bool] = False  # an answer is compared with others to the same prompt
     whole_answers: ClassVar[bool] = False  # the loss is one of whole answers, each of which counts once
+    shares_prompts: ClassVar[bool] = True  # `share_prompts` is possible
     token_rewards: ClassVar[bool] = False  # single tokens may be rewarded: each has its own advantage
 
     _: KW_ONLY
@@ -72,6 +73,9 @@ class OnPolicyConfig:
     epochs: int = 1  # passes over each batch of rollouts
     minibatches: int = 1  # optimiser steps per pass
     microbatches: int = 1  # pieces of a minibatch that are in memory one after the other
+    # A prompt goes through the model once for its whole group: the same gradient for a part of the work. Minibatches are
+    # then made of whole groups.
+    share_prompts: bool = False
     stop_kl: float = 0.0  # skip the rest of an iteration's updates once approx_kl passes this; 0: off
     # What a token's loss is divided by. "token": the minibatch's tokens; "sequence": its answer's tokens and the
     # number of answers; "sum": the number of answers; "constant": that times the slots for an answer.
@@ -126,6 +130,10 @@ class OnPolicyConfig:
             default = next(f.default for f in fields(OnPolicyConfig) if f.name == name)
             if getattr(self, name) != default and not getattr(self, needed):
                 raise UserError(f"{name} is only read where {needed} is set")
+        if self.share_prompts and self.shared_group == 1:
+            raise UserError("share_prompts: group_size is 1, so that no two answers have a prompt in common")
+        if self.share_prompts and (not self.shares_prompts or self.learned_per_group != self.group_size):
+            raise UserError(f"share_prompts is not possible in {type(self).__name__} as it is configured here")
         if self.resample_rounds and self.group_size < 2:
             raise UserError("resample_rounds replaces groups of equal scores: group_size must be at least 2")
         if self.resample_rounds and self.greedy_baseline:
@@ -135,6 +143,11 @@ class OnPolicyConfig:
     def learned_per_group(self) -> int:
         """Rows that the update has for each prompt."""
         return self.group_size
+
+    @property
+    def shared_group(self) -> int:
+        """Rows whose prompt goes through the model once."""
+        return self.group_size if self.share_prompts else 1
 
     @property
     def sample_from(self) -> Literal["policy", "reference"]:
@@ -155,10 +168,11 @@ class LanguageModel(Protocol):
 
     def whole(self, trained: Params, frozen: Params | None) -> Params: ...
 
-    def logprobs(self, params, tokens, mask, start=1, temperature=1.0) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities and entropies of tokens [start, T), each [B, T - start]."""
+    def logprobs(self, params, tokens, mask, start=1, temperature=1.0, **group) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities and entropies of tokens [start, T), each [B, T - start]. `group` rows next to each other
+        may share their prompt."""
 
-    def divergence(self, params, other_params, tokens, mask, start=1, temperature=1.0) -> jax.Array:
+    def divergence(self, params, other_params, tokens, mask, start=1, temperature=1.0, **group) -> jax.Array:
         """KL to the base model with other_params over the whole vocabulary at each position, [B, T - start]."""
 
 
@@ -172,21 +186,26 @@ class Policy(NamedTuple):
     divergence: Callable[..., jax.Array] | None = None  # -> full-vocabulary KL to the reference [B, R]
 
 
-def policy_of(model: LanguageModel) -> Policy:
+def policy_of(model: LanguageModel, group: int = 1) -> Policy:
+    """group: rows next to each other whose prompt goes through the model once."""
+    shared = {"group": group} if group > 1 else {}
+
     def forward(params, tokens, mask, start, temperature):
         whole = model.whole(params["policy"], params["reference"])
-        return *model.logprobs(whole, tokens, mask, start, temperature), ()
+        return *model.logprobs(whole, tokens, mask, start, temperature, **shared), ()
 
     def reference(ref_params, tokens, mask, start, temperature):
-        return model.base.logprobs(ref_params, tokens, mask, start, temperature)[0]
+        return model.base.logprobs(ref_params, tokens, mask, start, temperature, **shared)[0]
 
-    return Policy(forward, reference, divergence_of(model))
+    return Policy(forward, reference, divergence_of(model, group))
 
 
-def divergence_of(model: LanguageModel) -> Callable[..., jax.Array]:
+def divergence_of(model: LanguageModel, group: int = 1) -> Callable[..., jax.Array]:
+    shared = {"group": group} if group > 1 else {}
+
     def divergence(params, tokens, mask, start, temperature):
         whole = model.whole(params["policy"], params["reference"])
-        return model.divergence(whole, params["reference"], tokens, mask, start, temperature)
+        return model.divergence(whole, params["reference"], tokens, mask, start, temperature, **shared)
 
     return divergence
 
@@ -262,18 +281,21 @@ def score_rollout(
     tokens, mask, response = rollout.tokens, rollout.mask, rollout.response_mask
     start = tokens.shape[1] - response.shape[1]
     kl_coef = state.extra["kl_coef"]
-    if tokens.shape[0] % config.parts:
+    group = config.shared_group
+    if tokens.shape[0] % (config.parts * group):
         raise ValueError(
-            f"{tokens.shape[0]} rows do not divide into minibatches x microbatches = {config.parts}"
+            f"{tokens.shape[0] // group} rows (or groups that share a prompt) do not divide into minibatches x "
+            f"microbatches = {config.parts}"
         )
 
     # 1. Old log-probabilities (and a critic's values), and those of the reference.
     reference = reference_params(state)
     params = state.params | {"reference": reference}
-    forward = lambda rows: policy.forward(params, *rows, start, temperature)  # noqa: E731
-    logprobs, entropy, extra = map_rows(forward, (tokens, mask), config.parts)
-    of_reference = lambda rows: policy.reference(reference, *rows, start, temperature)  # noqa: E731
-    ref_logprobs = map_rows(of_reference, (tokens, mask), config.parts)
+    forward = lambda rows: in_groups(policy.forward(params, *flat(rows), start, temperature), group)  # noqa: E731
+    of_reference = lambda rows: in_groups(policy.reference(reference, *flat(rows), start, temperature), group)  # noqa: E731
+    rows = in_groups((tokens, mask), group)
+    logprobs, entropy, extra = flat(map_rows(forward, rows, config.parts))
+    ref_logprobs = flat(map_rows(of_reference, rows, config.parts))
     # 2. The score, with its penalties, at the last response token.
     length = jnp.sum(response, axis=1, dtype=jnp.float32)
     final = shaped_scores(config, rollout, scores)
@@ -520,7 +542,8 @@ def policy_gradient(
     `temperature` is the one that responses are sampled at: it is part of the policy here too. `token_advantages` stand
     in for `advantages` where tokens are rewarded by themselves; None: `advantages` are already each token's own.
     """
-    policy = policy_of(model)
+    group = config.shared_group
+    policy = policy_of(model, group)
 
     def make_batch(
         state: TrainState,
@@ -542,23 +565,27 @@ def policy_gradient(
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
 
-        def update(learned, rows: PolicyBatch):
+        def update(learned, groups: PolicyBatch):
             params, opt_state = learned
+            rows = flat(groups)
             shares = shares_of(config.normalise, rows.response_mask, rows.kept)
 
             def loss(params, piece):
-                rows, shares = piece
+                rows, shares = flat(piece)
                 whole = params | {"reference": frozen}
                 value, sums, maxima, _ = policy_objective(
                     config, token_loss, policy, whole, rows, shares, kl_coef, temperature
                 )
                 return value, (sums, maxima)
 
-            sums, maxima, grads = value_and_grad_rows(loss, params, (rows, shares), config.microbatches)
+            pieces = (groups, in_groups(shares, group))
+            sums, maxima, grads = value_and_grad_rows(loss, params, pieces, config.microbatches)
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 
-        (params, opt_state), metrics = run_updates(config, update, state, batch._replace(metrics=None))
+        # Rows that share a prompt stay together.
+        groups = in_groups(batch._replace(metrics=None), group)
+        (params, opt_state), metrics = run_updates(config, update, state, groups)
         metrics |= batch.metrics
         metrics["policy/lr"] = optimizer.learning_rate(state.step * config.epochs * config.minibatches)
         extra = next_extra(config, state, params["policy"], metrics, batch.tokens.shape[0])

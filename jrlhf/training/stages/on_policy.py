@@ -119,8 +119,10 @@ class RolloutStage(FineTuningStage):
                 f"loop.batch_size {size} (answers) is not divisible by algorithm.group_size {algorithm.group_size}"
             )
         learned = size // algorithm.group_size * algorithm.learned_per_group
-        if learned % algorithm.parts:
+        if learned % (algorithm.parts * algorithm.shared_group):
             what = "" if learned == size else f", of which {learned} rows are learned from,"
+            if algorithm.share_prompts:
+                what = f" in {size // algorithm.group_size} groups that share a prompt"
             raise UserError(
                 f"loop.batch_size {size}{what} is not divisible by minibatches x microbatches = {algorithm.parts}"
             )
