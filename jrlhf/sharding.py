@@ -6,12 +6,12 @@ error that names the array, never a silent replication.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.config import MeshConfig, UserError, did_you_mean
@@ -97,10 +97,37 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    if mesh.manual_axes:
-        free = lambda split: tuple(a for a in split if a not in mesh.manual_axes) or None  # noqa: E731
-        spec = P(*[s and free(s if isinstance(s, tuple) else (s,)) for s in spec])
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, _free(mesh, spec))
+
+
+def _free(mesh: Any, spec: P) -> P:
+    """The spec without the axes that a `shard_map` around splits by hand."""
+    if not mesh.manual_axes:
+        return spec
+    free = lambda split: tuple(a for a in split if a not in mesh.manual_axes) or None  # noqa: E731
+    return P(*[s and free(s if isinstance(s, tuple) else (s,)) for s in spec])
+
+
+def map_shards(
+    f: Callable, in_axes: tuple[tuple[str | None, ...], ...], out_axes: tuple[str | None, ...], *args: Any
+) -> Any:
+    """`f(*args)` on each device's own part of the arguments, split as their logical axes say; without a mesh, `f` once.
+
+    For what the partitioner cannot split: a kernel. Rows that do not divide (one prompt) are on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_hand = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.empty or mesh.size == 1 or not by_hand:
+        return f(*args)
+    *inside, outside = (_free(mesh, logical_spec(axes)) for axes in (*in_axes, out_axes))
+    ways = math.prod(mesh.shape[a] for a in RULES["batch"] if a in by_hand)
+    if any(axes[0] == "batch" and len(x) % ways for axes, x in zip(in_axes, args, strict=True)):
+        whole = lambda axes, spec: P(None, *spec[1:]) if axes[0] == "batch" else spec  # noqa: E731
+        inside = [whole(axes, spec) for axes, spec in zip(in_axes, inside, strict=True)]
+        outside = whole(out_axes, outside)
+    return jax.shard_map(f, in_specs=tuple(inside), out_specs=outside, axis_names=by_hand, check_vma=False)(
+        *args
+    )
 
 
 def constrain_rows(tree: Any) -> Any:
@@ -133,6 +160,23 @@ def state_shardings(mesh: Mesh, state: Any, axes: Mapping[tuple[str, ...], tuple
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+HOST = "pinned_host"  # the host's memory that devices reach
+
+
+def on_host(mesh: Mesh, shardings: Any, field: str) -> Any:
+    """The shardings in the host's memory. UserError naming the field where the devices reach none."""
+    for device in mesh.local_devices:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if HOST not in kinds:
+            raise UserError(f"{field}: a {device.device_kind} has no {HOST} memory, only {', '.join(kinds)}")
+    return jax.tree.map(lambda s: s.with_memory_kind(HOST), shardings)
+
+
+def moved(tree: Any, space: Any) -> Any:
+    """Arrays moved, within a jitted function, to the devices' memory or the host's (a `jax.memory.Space`)."""
+    return jax.tree.map(lambda x: jax.device_put(x, space), tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
@@ -141,7 +185,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the batch axis is split."""
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 

@@ -6,6 +6,14 @@ from typing import Literal
 
 from jrlhf.config import UserError
 
+# fmt: off
+Remat = Literal[
+    "none", "full", "dots", "attention", "mlp", "attention_mlp", "offload_attention", "offload_attention_mlp",
+]
+# fmt: on
+AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"]
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -69,9 +77,14 @@ class ModelConfig:
     # numerics
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    logits_chunk: int = 0  # positions whose logits are alive at a time; 0: all (small vocabularies)
+    # what of a layer is kept for the backward pass: all, only its input, or also some products (see REMAT)
+    remat: Remat = "none"
+    attention: AttentionKernel = "auto"  # the kernel of passes without a cache
+    # what sampling keeps keys and values in; auto: as they are computed. 8 bits have a scale by token and head
+    cache_dtype: CacheDtype = "auto"
+    logits_chunk: int = (
+        0  # positions whose logits are alive at a time; 0: by the device (`Model.logits_chunk`)
+    )
     vocab_multiple: int = (
         1  # embedding rows are padded to a multiple of this, so that they divide over a mesh
     )
@@ -126,6 +139,14 @@ class ModelConfig:
             raise UserError(f"model.windowed layers need a positive model.window, got {self.window}")
         if self.attention == "cudnn" and self.attention_softcap:
             raise UserError("model.attention: cuDNN has no soft-cap; use xla")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise UserError("model.attention: cuDNN has no float32; use xla, or model.dtype bfloat16")
+        if self.cache_dtype == "float32" and self.dtype == "bfloat16":
+            raise UserError(
+                "model.cache_dtype float32 would keep zeros: keys are computed in model.dtype bfloat16"
+            )
+        if self.moe.experts and "mlp" in self.remat:
+            raise UserError(f"model.remat {self.remat}: experts keep no activations; use attention")
         if self.moe.experts and not 0 < self.moe.per_token <= self.moe.experts:
             raise UserError(f"model.moe.per_token {self.moe.per_token} of {self.moe.experts} experts")
         if self.moe.experts and (self.mlp_bias or not self.gated_mlp):
@@ -157,6 +178,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def kept_dtype(self) -> str:
+        """Of keys and values in a cache."""
+        return self.dtype if self.cache_dtype == "auto" else self.cache_dtype
 
     @property
     def rotary_size(self) -> int:

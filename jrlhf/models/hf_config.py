@@ -349,7 +349,7 @@ def _check_same(config: ModelConfig, card: dict, family: Family) -> None:
 
 
 # what no checkpoint says
-OURS = ("dtype", "param_dtype", "remat", "attention", "logits_chunk", "vocab_multiple", "lora")
+OURS = ("dtype", "param_dtype", "remat", "attention", "cache_dtype", "logits_chunk", "vocab_multiple", "lora")
 
 
 def _explicit(config: ModelConfig) -> ModelConfig:

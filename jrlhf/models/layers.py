@@ -1,23 +1,19 @@
 """The decoder's layers. B batch, T tokens, S cache slots, D model, N query heads, K key-value heads,
 G = N / K, H head size, F feed-forward, V vocabulary."""
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from jrlhf.models.attention import LayerCache, Segments, attend, self_attention, written
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.experts import combine_experts
 from jrlhf.models.rope import Rotation, rotate
 from jrlhf.sharding import constrain
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer. `[B, K, S, H]` is the layout that decodes fastest."""
-
-    k_BKSH: jax.Array
-    v_BKSH: jax.Array
 
 
 def logical(init, *axes):
@@ -56,6 +52,7 @@ class View(NamedTuple):
 class Views(NamedTuple):
     full: View
     windowed: View | None  # None: no layer has a window
+    segments: Segments | None = None  # None: only the masks say who sees whom
 
     def of(self, windowed: bool | jax.Array) -> View:
         """The view of a layer; in a scan over layers of both kinds `windowed` is a traced bool."""
@@ -102,6 +99,17 @@ def norm(config: ModelConfig, name: str) -> nn.Module:
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config, name=name)
 
 
+def product(x: jax.Array, w: jax.Array, inputs: int) -> jax.Array:
+    """x [..., inputs] times w [inputs, outputs], of which `inputs` axes are summed over, as a product of two matrices.
+
+    Left to contract rows and tokens for a weight's gradient, XLA on a CPU first writes out transposed activations,
+    which takes longer than the product.
+    """
+    n = math.prod(x.shape[-inputs:])
+    y = x.reshape(-1, n) @ w.reshape(n, -1)
+    return y.reshape(*x.shape[:-inputs], *w.shape[inputs:])
+
+
 def linear(
     module: nn.Module,
     name: str,
@@ -120,7 +128,7 @@ def linear(
     shape_in, shape_out, axes = x.shape[-n:], tuple(outputs.values()), (*inputs, *outputs)
     init = fan_in(tuple(range(n)))
     w = module.param(name, logical(init, *axes), (*shape_in, *shape_out), param_dtype)
-    y = jnp.tensordot(x, gathered(w, dtype, *axes), n)
+    y = product(x, gathered(w, dtype, *axes), n)
     if bias:
         b = module.param(f"{name}_bias", logical(nn.initializers.zeros, *outputs), shape_out, param_dtype)
         y = y + jnp.broadcast_to(b.astype(dtype), y.shape)
@@ -130,56 +138,25 @@ def linear(
         b = module.param(
             f"{name}_lora_b", logical(nn.initializers.zeros, *b_axes), (c.lora.rank, *shape_out), jnp.float32
         )
-        down = jnp.tensordot(x, gathered(a, dtype, *a_axes), n)
-        y = y + jnp.tensordot(down, gathered(b, dtype, *b_axes), 1) * jnp.asarray(c.lora.scale, dtype)
+        down = product(x, gathered(a, dtype, *a_axes), n)
+        y = y + product(down, gathered(b, dtype, *b_axes), 1) * jnp.asarray(c.lora.scale, dtype)
     return y
-
-
-def attend(
-    q_BTNH, cache: LayerCache, mask_BTS, scale: float, softcap: float = 0.0, prefix: LayerCache | None = None
-) -> jax.Array:
-    """Attention of T queries over S keys. Scores and softmax in float32.
-
-    prefix: keys of B / A rows that come before those of `cache`; A rows next to each other attend to the same ones.
-
-    jax.nn.dot_product_attention's own XLA path has no gradient in bfloat16 under strict type promotion.
-    """
-    b, t, n, h = q_BTNH.shape
-    k = cache.k_BKSH.shape[1]
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * jnp.asarray(scale, q_BTNH.dtype)
-    s_BKGTS = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, cache.k_BKSH, preferred_element_type=jnp.float32)
-    if prefix is not None:
-        c, _, p, _ = prefix.k_BKSH.shape
-        q_CATKGH = q_BTKGH.reshape(c, b // c, t, k, n // k, h)
-        s_CAKGTP = jnp.einsum(
-            "CATKGH,CKPH->CAKGTP", q_CATKGH, prefix.k_BKSH, preferred_element_type=jnp.float32
-        )
-        s_BKGTS = jnp.concatenate([s_CAKGTP.reshape(b, k, n // k, t, p), s_BKGTS], axis=-1)
-    if softcap:
-        s_BKGTS = jnp.tanh(s_BKGTS / softcap) * softcap
-    s_BKGTS = jnp.where(mask_BTS[:, None, None], s_BKGTS, jnp.float32(-1e30))
-    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(q_BTNH.dtype)
-    if prefix is None:
-        return jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS, cache.v_BKSH).reshape(b, t, n, h)
-    p_CAKGTP = p_BKGTS[..., :p].reshape(c, b // c, k, n // k, t, p)
-    out_CATKGH = jnp.einsum("CAKGTP,CKPH->CATKGH", p_CAKGTP, prefix.v_BKSH)
-    out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", p_BKGTS[..., p:], cache.v_BKSH)
-    return out_CATKGH.reshape(b, t, n, h) + out_BTKGH.reshape(b, t, n, h)
-
-
-def attention_implementation(config: ModelConfig) -> str:
-    """cuDNN's kernel on a GPU (16-bit only, no soft-cap), XLA's elsewhere, unless the config names one."""
-    if config.attention != "auto":
-        return config.attention
-    cudnn = jax.default_backend() == "gpu" and config.dtype == "bfloat16" and not config.attention_softcap
-    return "cudnn" if cudnn else "xla"
 
 
 class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, view: View, cache: LayerCache | None, slot, prefix: LayerCache | None):
+    def __call__(
+        self,
+        x_BTD,
+        view: View,
+        segments: Segments | None,
+        windowed,
+        cache: LayerCache | None,
+        slot,
+        prefix: LayerCache | None,
+    ):
         """-> (what was attended to, keys). Without a cache T = S and the keys are this call's own. With one, the T keys
         are written at `slot`. With a prefix, A rows next to each other see one row of it before their own keys."""
         c = self.config
@@ -193,31 +170,17 @@ class Attention(nn.Module):
             key = RMSNorm(c, ("head_dim",) if by_head else ("kv_heads", "head_dim"), name="k_norm")(key)
         if view.rotation is not None:
             q, key = rotate(q, view.rotation), rotate(key, view.rotation)
+        q, key, value = (
+            checkpoint_name(x, name) for x, name in ((q, "query"), (key, "key"), (value, "value"))
+        )
         scale = (c.query_scalar or h) ** -0.5
-        if cache is None:
+        if cache is not None:
+            cache = written(cache, key, value, slot)
+            out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
+        else:
             q = constrain(q, "batch", "length", "heads", "head_dim")
             cache = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
-            if attention_implementation(c) == "cudnn":
-                if prefix is not None:  # the kernel takes keys of whole rows
-                    before = jax.tree.map(lambda x: jnp.repeat(x, len(q) // len(x), axis=0).swapaxes(1, 2), prefix)
-                    key = jnp.concatenate([before.k_BKSH, key], axis=1)
-                    value = jnp.concatenate([before.v_BKSH, value], axis=1)
-                mask_B1TS = view.mask_BTS[:, None]
-                out = jax.nn.dot_product_attention(
-                    q, key, value, mask=mask_B1TS, scale=scale, implementation="cudnn"
-                )
-            else:
-                out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
-        else:
-            zero = jnp.zeros((), slot.dtype)
-            at = (zero, zero, slot, zero)
-            cache = LayerCache(
-                jax.lax.dynamic_update_slice(cache.k_BKSH, key.swapaxes(1, 2).astype(cache.k_BKSH.dtype), at),
-                jax.lax.dynamic_update_slice(
-                    cache.v_BKSH, value.swapaxes(1, 2).astype(cache.v_BKSH.dtype), at
-                ),
-            )
-            out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
+            out = self_attention(c, q, cache, view.mask_BTS, segments, windowed, scale, prefix)
         return linear(self, "o", out, ("heads", "head_dim"), {"embed": c.d_model}, c.o_bias), cache
 
 
@@ -239,9 +202,10 @@ class MLP(nn.Module):
         c = self.config
         hidden = {"mlp": c.d_ff}
         act = ACTIVATIONS[c.activation]
-        up_BTF = linear(self, "up", x_BTD, ("embed",), hidden, c.mlp_bias)
+        up_BTF = checkpoint_name(linear(self, "up", x_BTD, ("embed",), hidden, c.mlp_bias), "up")
         if c.gated_mlp:
-            h_BTF = act(linear(self, "gate", x_BTD, ("embed",), hidden, c.mlp_bias)) * up_BTF
+            gate_BTF = checkpoint_name(linear(self, "gate", x_BTD, ("embed",), hidden, c.mlp_bias), "gate")
+            h_BTF = act(gate_BTF) * up_BTF
         else:
             h_BTF = act(up_BTF)
         h_BTF = constrain(h_BTF, "batch", "length", "mlp")
@@ -304,7 +268,9 @@ class Block(nn.Module):
         after = lambda name, x: x if c.norm_placement == "pre" else norm(c, name)(x)  # noqa: E731
         view = views.of(windowed)
 
-        attended, cache = Attention(c, name="attn")(before("attn_norm", x_BTD), view, cache, slot, prefix)
+        attended, cache = Attention(c, name="attn")(
+            before("attn_norm", x_BTD), view, views.segments, windowed, cache, slot, prefix
+        )
         attended = after("attn_out_norm", attended)
         x_after_BTD = constrain(x_BTD + attended, "batch", "length", "act_embed")
         normed = before("mlp_norm", x_BTD if c.parallel_residual else x_after_BTD)

@@ -18,21 +18,46 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from jrlhf.models.attention import LayerCache, Segments, empty_cache, platform
 from jrlhf.models.config import LoRAConfig, ModelConfig
-from jrlhf.models.layers import Block, LayerCache, View, Views, fan_in, gathered, logical, norm
+from jrlhf.models.layers import Block, View, Views, fan_in, gathered, logical, norm
 from jrlhf.models.lora import join, split
 from jrlhf.models.rope import rotation
 from jrlhf.ops.distillation import chunked_divergence
 from jrlhf.ops.kl import full_kl
-from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy
+from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy, project, weighted_logprobs
 from jrlhf.ops.masking import positions_from_mask
-from jrlhf.sharding import constrain, path_names
+from jrlhf.sharding import batch_ways, constrain, path_names
 from jrlhf.types import Params
 
 Cache = list[LayerCache]
+
+# How many logits a device holds at a time where nobody says `logits_chunk`: on a CPU what stays in its caches (4 MiB),
+# elsewhere 256 MiB.
+LOGITS_AT_A_TIME = {"cpu": 2**20, "gpu": 2**26, "tpu": 2**26}
 Normal = float | Sequence[float]  # of all scalar heads, or of each
 
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+def _offload(*names: str):
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=list(names),
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
+
+
+_keep = jax.checkpoint_policies.save_only_these_names
+ATTENTION, MLP = ("query", "key", "value", "attention"), ("gate", "up")  # as `layers` names them
+
+# What the backward pass of a layer finds, beside its input; it computes the rest again.
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _keep(*ATTENTION),
+    "mlp": _keep(*MLP),
+    "attention_mlp": _keep(*ATTENTION, *MLP),
+    "offload_attention": _offload(*ATTENTION),  # kept in the host's memory
+    "offload_attention_mlp": _offload(*ATTENTION, *MLP),
+}
 
 
 class Decoder(nn.Module):
@@ -46,13 +71,14 @@ class Decoder(nn.Module):
     heads: int = 1
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, mask_BTT):
+    def __call__(self, tokens_BT, positions_BT, mask_BTT, segments: Segments | None = None):
+        """`segments`, where there are any, say what the mask says."""
         c = self.config
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
         block = Block
         if c.remat != "none":
             # prevent_cse is only needed outside a scan
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -62,7 +88,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         t = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        views = layer_views(c, positions_BT, mask_BTT, t, t)
+        views = layer_views(c, positions_BT, mask_BTT, t, t, segments)
         windowed_L = jnp.asarray(c.layers_windowed)
         # The keys are nobody's; unused, they are not kept.
         x_BTD, (_, balance_L2E) = layers(c, name="layers")(x_BTD, windowed_L, views)
@@ -74,15 +100,18 @@ class Decoder(nn.Module):
         return x_BTD, None if balance_L2E is None else jnp.mean(balance_L2E, axis=0)
 
 
-def layer_views(config: ModelConfig, positions_BT, mask_BTS, query_slot_T, key_slot_S) -> Views:
+def layer_views(
+    config: ModelConfig, positions_BT, mask_BTS, query_slot_T, key_slot_S, segments: Segments | None = None
+) -> Views:
     """What full and windowed layers see. Slots count a row's tokens, padding included, as distances go."""
     turn = config.positions == "rope"
     full = View(mask_BTS, rotation(config, positions_BT, False) if turn else None)
     if not any(config.layers_windowed):
-        return Views(full, None)
+        return Views(full, None, segments)
     near_TS = query_slot_T[:, None] - key_slot_S[None] < config.window
     windowed = View(mask_BTS & near_TS[None], rotation(config, positions_BT, True) if turn else None)
-    return Views(windowed, None) if all(config.layers_windowed) else Views(full, windowed)
+    only = all(config.layers_windowed)
+    return Views(windowed, None, segments) if only else Views(full, windowed, segments)
 
 
 class Embed(nn.Module):
@@ -194,10 +223,13 @@ class Model:
 
     def logical_axes(self) -> dict[tuple[str, ...], tuple[str | None, ...]]:
         """Parameter path -> logical axis names, for `sharding.state_shardings`."""
-        ids = jnp.ones((1, 2), jnp.int32)
-        boxed = jax.eval_shape(
-            lambda k: self._decoder().init(k, ids, ids, causal_mask(ids)), jax.random.key(0)
-        )
+
+        def boxed_init():
+            ids = jnp.ones((1, 2), jnp.int32)
+            return self._decoder().init(jax.random.key(0), ids, ids, causal_mask(ids))
+
+        # Nothing is computed: the mesh may be one that is only compiled for.
+        boxed = jax.eval_shape(boxed_init)
         is_box = lambda x: isinstance(x, meta.AxisMetadata)  # noqa: E731
         leaves, _ = jax.tree_util.tree_flatten_with_path(boxed["params"], is_leaf=is_box)
         return {path_names(path): box.names for path, box in leaves}
@@ -220,8 +252,8 @@ class Model:
         segment_ids_BT = segment_ids_BT.astype(jnp.int32)
         if positions_BT is None:
             positions_BT = positions_from_mask(segment_ids_BT != 0)
-        mask_BTT = causal_mask(segment_ids_BT)
-        hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT)
+        mask_BTT, segments = causal_mask(segment_ids_BT), Segments(segment_ids_BT, segment_ids_BT)
+        hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT, segments)
         if balance is None:
             return hidden_BTD, jnp.float32(0.0)
         return hidden_BTD, self.config.moe.experts * jnp.sum(balance[0] * balance[1])
@@ -235,7 +267,7 @@ class Model:
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32. For a few positions (a decode step, a test): training uses `logprobs`."""
         kernel = self.lm_kernel(params).astype(hidden_BTD.dtype)
-        logits = jnp.einsum("BTD,DV->BTV", hidden_BTD, kernel, preferred_element_type=jnp.float32)
+        logits = project(hidden_BTD, kernel)
         return constrain(self.cap_logits(logits), "batch", "length", "vocab")
 
     def cap_logits(self, logits: jax.Array) -> jax.Array:
@@ -250,8 +282,8 @@ class Model:
 
     def logprobs_of_hidden(self, params, hidden_BTD, targets_BT, temperature) -> tuple[jax.Array, jax.Array]:
         """Log-probability of each target and the entropy there, [B, T] float32, at a temperature."""
-        chunk = self.config.logits_chunk
-        if chunk and chunk < targets_BT.shape[1]:
+        chunk = self.logits_chunk(*targets_BT.shape)
+        if chunk < targets_BT.shape[1]:
             # The kernel goes in as it is (float32), so that its gradient is summed over chunks in float32.
             kernel = self.lm_kernel(params)
             return chunked_logprobs_and_entropy(
@@ -259,8 +291,34 @@ class Model:
             )
         return logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature)
 
+    def weighted_logprobs_of_hidden(
+        self, params, hidden_BTD, targets_BT, weights_BT
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Σ weights · log-probability, [], with its gradient; the log-probabilities and entropies, [B, T] float32,
+        without. For weights that are known beforehand: the logits are computed once (`ops.logprobs`)."""
+        chunk = self.logits_chunk(*targets_BT.shape)
+        return weighted_logprobs(
+            hidden_BTD, self.lm_kernel(params), targets_BT, weights_BT, chunk=chunk, of_logits=self.cap_logits
+        )
+
+    def logits_chunk(self, rows: int, positions: int) -> int:
+        """Positions of each row whose logits are alive at a time, at least 1 and at most all."""
+        if self.config.logits_chunk:
+            return min(self.config.logits_chunk, positions)
+        mesh = jax.sharding.get_abstract_mesh()
+        here = rows if mesh.empty else max(rows // batch_ways(mesh), 1)
+        most = LOGITS_AT_A_TIME[platform()]
+        return min(max(most // (here * self.config.padded_vocab), 1), positions)
+
     def logprobs(
-        self, params, tokens_BT, segment_ids_BT, start: int = 1, temperature=1.0, positions_BT=None, group: int = 1
+        self,
+        params,
+        tokens_BT,
+        segment_ids_BT,
+        start: int = 1,
+        temperature=1.0,
+        positions_BT=None,
+        group: int = 1,
     ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies of tokens [start, T) given what precedes them, each [B, T - start].
 
@@ -273,7 +331,9 @@ class Model:
         hidden = self.predicting(params, tokens_BT, segment_ids_BT, start, positions_BT, group)
         return self.logprobs_of_hidden(params, hidden, tokens_BT[:, start:], temperature)
 
-    def predicting(self, params, tokens_BT, segment_ids_BT, start, positions_BT=None, group: int = 1) -> jax.Array:
+    def predicting(
+        self, params, tokens_BT, segment_ids_BT, start, positions_BT=None, group: int = 1
+    ) -> jax.Array:
         """Hidden states that predict tokens [start, T): [B, T - start, D]."""
         if group > 1:
             return self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
@@ -290,13 +350,17 @@ class Model:
         prompt_QP, answer_BR = tokens_BT[::group, :start], tokens_BT[:, start:]
         seen_BT = jnp.asarray(mask_BT).astype(jnp.int32) != 0
         positions_BT = positions_from_mask(seen_BT)
-        prompt_mask = causal_mask(seen_BT[::group, :start].astype(jnp.int32))
-        own = causal_mask(seen_BT[:, start:].astype(jnp.int32))
+        text_BT = seen_BT.astype(jnp.int32)
+        prompt_mask, own = causal_mask(text_BT[::group, :start]), causal_mask(text_BT[:, start:])
         before = jnp.broadcast_to(seen_BT[:, None, :start], (*own.shape[:2], start))
         answer_mask = jnp.concatenate([before, own], axis=2) & seen_BT[:, start:, None]
         slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        prompt_views = layer_views(c, positions_BT[::group, :start], prompt_mask, slots[:start], slots[:start])
-        answer_views = layer_views(c, positions_BT[:, start:], answer_mask, slots[start:], slots)
+        of_prompts = Segments(text_BT[::group, :start], text_BT[::group, :start])
+        of_answers = Segments(text_BT[:, start:], text_BT)
+        prompt_views = layer_views(
+            c, positions_BT[::group, :start], prompt_mask, slots[:start], slots[:start], of_prompts
+        )
+        answer_views = layer_views(c, positions_BT[:, start:], answer_mask, slots[start:], slots, of_answers)
 
         def layer(carry, of_layer):
             x_QPD, x_BRD = carry
@@ -306,7 +370,7 @@ class Model:
             return (x_QPD, x_BRD), None
 
         if c.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+            layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)
         embedded = (
             _apply(Embed(c), params["embed"], prompt_QP, positions_BT[::group, :start]),
             _apply(Embed(c), params["embed"], answer_BR, positions_BT[:, start:]),
@@ -350,8 +414,8 @@ class Model:
         def compare(logits, other_logits):
             return of(logits[..., :shared] / temperature, other_logits[..., :shared] / temperature)
 
-        chunk = self.config.logits_chunk
-        if chunk and chunk < hidden_BTD.shape[1]:
+        chunk = self.logits_chunk(*hidden_BTD.shape[:2])
+        if chunk < hidden_BTD.shape[1]:
             kernels = (self.lm_kernel(params), other.lm_kernel(other_params))
             capped = lambda logits, others: compare(self.cap_logits(logits), other.cap_logits(others))  # noqa: E731
             return chunked_divergence(capped, (hidden_BTD, other_BTD), kernels, chunk=chunk)
@@ -379,9 +443,7 @@ class Model:
         return params | {"layers": layers}
 
     def init_cache(self, rows: int, slots: int) -> Cache:
-        shape = (rows, self.config.n_kv_heads, slots, self.config.head_size)
-        empty = lambda: constrain(jnp.zeros(shape, self.config.dtype), "batch", "kv_heads", None, None)  # noqa: E731
-        return [LayerCache(empty(), empty()) for _ in range(self.config.n_layers)]
+        return [empty_cache(self.config, rows, slots) for _ in range(self.config.n_layers)]
 
     def decode(
         self,
@@ -408,7 +470,7 @@ class Model:
             key_slots = jnp.arange(mask_BTS.shape[2], dtype=jnp.int32)
         views = layer_views(c, positions_BT, mask_BTS, query_slots, key_slots)
         new_cache = []
-        before = prefix or [None] * c.n_layers
+        before: Sequence[LayerCache | None] = prefix or [None] * c.n_layers
         for layer, windowed, layer_cache, shared in zip(
             decode_params["layers"], c.layers_windowed, cache, before, strict=True
         ):

@@ -13,11 +13,6 @@ from jrlhf.types import Array
 Scalar = Array | float
 
 
-def language_model_loss(logprobs: Array, mask: Array, denominator: Scalar | None = None) -> jax.Array:
-    """Negative log-likelihood per unmasked token; logprobs, mask [...] -> scalar."""
-    return -masked_mean(logprobs, mask, denominator=denominator)
-
-
 def ppo_policy_loss(
     logprobs: Array,
     old_logprobs: Array,

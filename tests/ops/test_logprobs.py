@@ -10,6 +10,7 @@ from jrlhf.ops.logprobs import (
     entropy,
     logprobs_and_entropy,
     token_logprobs,
+    weighted_logprobs,
 )
 
 RNG = np.random.default_rng(0)
@@ -85,6 +86,67 @@ def test_chunked_equals_unchunked_in_value_and_gradient(chunk, dtype, atol):
             rtol=0.02 if atol > 1e-3 else 1e-4,
             atol=atol,
         )
+
+
+def capped(logits):
+    """A soft-cap, and two rows that only pad the vocabulary."""
+    padding = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) >= logits.shape[-1] - 2
+    return jnp.where(padding, -jnp.inf, 2 * jnp.tanh(logits / 2))
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_what_is_done_to_logits_has_its_gradient_in_chunks_too(chunk):
+    hidden, kernel, targets, weights = head_arrays(jnp.float32)
+    targets = jnp.minimum(targets, 34)
+
+    def gradient(f):
+        def loss(hidden, kernel):
+            logprobs, entropies = f(hidden, kernel)
+            return jnp.sum(weights[0] * logprobs + weights[1] * entropies)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, kernel)
+
+    found = gradient(
+        lambda h, k: chunked_logprobs_and_entropy(h, k, targets, 0.7, chunk=chunk, of_logits=capped)
+    )
+    expected = gradient(lambda h, k: logprobs_and_entropy(capped(h @ k), targets, 0.7))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)])
+def test_weighted_sum_in_one_pass(chunk, dtype, atol):
+    hidden, kernel, targets, weights = head_arrays(dtype)
+    targets = jnp.minimum(targets, 34)
+
+    def one_pass(hidden, kernel):
+        total, *each = weighted_logprobs(hidden, kernel, targets, weights[0], chunk=chunk, of_logits=capped)
+        return -2 * total, each
+
+    def plain(hidden, kernel):
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logprobs, entropies = logprobs_and_entropy(capped(logits), targets)
+        return -2 * jnp.sum(weights[0] * logprobs), [logprobs, entropies]
+
+    # Each on its own: without a gradient another program is run.
+    alone = jax.jit(one_pass)(hidden, kernel)
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, kernel)
+        for f in (one_pass, plain)
+    )
+    close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
+        a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02 if atol > 1e-3 else 1e-4, atol=atol
+    )
+    jax.tree.map(close, alone, expected[0])
+    jax.tree.map(close, found, expected)
+    assert [x.dtype for x in found[1]] == [hidden.dtype, kernel.dtype]
+
+
+def test_weighted_sum_needs_the_logits_once():
+    hidden, kernel, targets, weights = head_arrays(jnp.float32)
+    loss = lambda h, k: weighted_logprobs(h, k, targets, weights[0], chunk=5)[0]  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, kernel))
+    assert text.count("dot_general") == 3  # the logits, and the two derivatives
 
 
 def test_every_product_of_the_head_takes_the_compute_dtype():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jrlhf.ops.losses import (
-    language_model_loss,
     ppo_policy_loss,
     value_loss,
 )
@@ -97,14 +96,8 @@ def test_value_loss_equals_its_equation_term_by_term():
         lambda s, n: ppo_policy_loss(LOGPROBS[s], OLD[s], ADVANTAGES[s], MASK[s], 0.2, n)[0],
         lambda s, n: ppo_policy_loss(LOGPROBS[s], OLD[s], ADVANTAGES[s], MASK[s], 0.2, n)[1]["clip_frac"],
         lambda s, n: value_loss(VALUES[s], OLD_VALUES[s], RETURNS[s], MASK[s], 0.3, n)[0],
-        lambda s, n: language_model_loss(LOGPROBS[s], MASK[s], n),
     ],
 )
 def test_microbatches_add_up_to_the_whole(loss):
     parts = [loss(s, float(MASK.sum())) for s in (slice(0, 1), slice(1, 3), slice(3, 4))]
     assert float(sum(parts)) == pytest.approx(float(loss(slice(None), None)), rel=1e-5)
-
-
-def test_language_model_loss_is_the_mean_negative_log_likelihood():
-    loss = language_model_loss(LOGPROBS, jnp.asarray(MASK))
-    assert float(loss) == pytest.approx(-LOGPROBS[MASK].mean(), rel=1e-6)
