@@ -122,6 +122,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_model(p)
     p.add_argument("--prompt", action="append", required=True, help="may be given several times")
     p.add_argument("--n", type=int, default=1, help="answers to each prompt")
+    p.add_argument("--stream", action="store_true", help="print an answer while it is written")
 
     p = command("chat", _chat, "talk with a model")
     _add_model(p)
@@ -156,6 +157,10 @@ def _add_model(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     p.add_argument("--top-p", type=float, default=1.0)
     p.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end an answer before this text; may be given several times",
+    )  # fmt: skip
     p.add_argument(
         "--raw", action="store_true", help="prompts as they stand, also where the model has a chat template"
     )
@@ -291,6 +296,8 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
     """
     import jax
 
+    from jrlhf.experiment import keep_compiled
+
     if devices is not None and devices < 1:
         raise UserError(f"--devices: expected at least 1, got {devices}")
     forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -310,8 +317,8 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
                 raise UserError(
                     f"--devices {devices}: jax has started with {jax.device_count('cpu')}"
                 ) from None
-    if runs_dir is not None and jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
+    if runs_dir is not None:
+        keep_compiled(runs_dir)
     if distributed:
         try:
             jax.distributed.initialize()
@@ -469,11 +476,12 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
         ("temperature", 0 <= options.temperature < float("inf"), "at least 0"),
         ("top_p", 0 < options.top_p <= 1, "in (0, 1]"),
         ("top_k", options.top_k >= 0, "at least 0"),
+        ("stop", all(options.stop), "a text"),
     ):
         if not ok:
             raise UserError(f"--{name.replace('_', '-')}: must be {what}, got {getattr(options, name)}")
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    return {n: getattr(options, n) for n in names}
+    return {"stop": tuple(options.stop)} | {n: getattr(options, n) for n in names}
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -481,12 +489,15 @@ def _generate(options: argparse.Namespace) -> int:
 
     if options.n < 1:
         raise UserError(f"--n: must be at least 1, got {options.n}")
+    if options.stream and options.n > 1:
+        raise UserError(f"--stream: shows one answer to a prompt as it is written, and --n is {options.n}")
     sampling = _sampling(options)
     path = _model_folder(options.model, options.runs_dir)
     _set_up_serving(options.runs_dir)
     from jrlhf.training import serve
 
-    serve.generate(path, options.prompt, n=options.n, console=Console(), raw=options.raw, **sampling)
+    asked = {"n": options.n, "raw": options.raw, "stream": options.stream}
+    serve.generate(path, options.prompt, console=Console(), **asked, **sampling)
     return 0
 
 

@@ -16,8 +16,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from jrlhf.config import UserError, did_you_mean
 from jrlhf.data.chat import BUILT_IN, ChatConfig, ChatTemplate, pick_template
+from jrlhf.rollout.stops import TokenBytes
 
 # Files beside a tokenizer that name its special tokens. They are read on loading and kept on saving.
 SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -77,6 +80,42 @@ class Tokenizer:
         """Text of `ids`; padding, BOS and EOS are skipped."""
         return self._decode([int(i) for i in ids if int(i) not in self._specials])
 
+    def token_bytes(self) -> TokenBytes:
+        """What each token writes, as bytes: the bytes that the tokens of a text write, one after another, are its.
+
+        Padding, BOS and EOS write nothing. UserError where a token's text depends on its neighbours.
+        """
+        everything = range(self.vocab_size)
+        alone = self._decode_each([[i] for i in everything])
+        byte = [self._byte(i) for i in everything]
+        before = next((i for i in everything if byte[i] is None and alone[i].isalnum()), None)
+        if before is None:
+            raise UserError(f"{self._where}: no token writes a word or a part of one. {_NO_STOP}")
+        behind = [
+            text.removeprefix(alone[before]) for text in self._decode_each([[before, i] for i in everything])
+        ]
+        # A byte of a longer character is no text by itself.
+        part = [bytes([b]) if b is not None and b >= 0x80 else None for b in byte]
+        first = [p or text.encode() for p, text in zip(part, alone, strict=True)]
+        later = [p or text.encode() for p, text in zip(part, behind, strict=True)]
+        changed = next((i for i in everything if first[i] and first[i] != later[i]), before)
+        twice = self._decode_each([[i, changed] for i in everything])
+        begins = [not first[i] and twice[i] == alone[changed] for i in everything]
+        for i in [i for i in self._specials if i is not None]:
+            first[i], later[i], begins[i] = b"", b"", True
+        found = TokenBytes(later, first, begins)
+        self._check_token_bytes(found, [i for i in everything if byte[i] is None])
+        return found
+
+    def _check_token_bytes(self, tokens: TokenBytes, ids: Sequence[int]) -> None:
+        """UserError where texts of random tokens are not what the tokens write."""
+        rng = np.random.default_rng(0)
+        for row in rng.choice(ids, (256, 8)).tolist():
+            begun = next((n for n, i in enumerate(row) if not tokens.begins[i]), len(row))
+            parts = [tokens.first[i] for i in row[: begun + 1]] + [tokens.later[i] for i in row[begun + 1 :]]
+            if b"".join(parts).decode("utf-8", "replace") != self.decode(row):
+                raise UserError(f"{self._where}: what a token writes depends on its neighbours. {_NO_STOP}")
+
     @property
     def vocab_size(self) -> int:
         """Every id is below this."""
@@ -124,6 +163,14 @@ class Tokenizer:
         return changed
 
     def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _decode_each(self, rows: list[list[int]]) -> list[str]:
+        """Each row's text."""
+        raise NotImplementedError
+
+    def _byte(self, i: int) -> int | None:
+        """Which single byte the token stands for, None for one of text."""
         raise NotImplementedError
 
     def _lookup(self, token: str) -> int | None:
@@ -242,6 +289,9 @@ CHOOSE_TEMPLATE = (
 )
 
 
+_NO_STOP = "Stop strings cannot be found token by token: leave `sampling.stop` empty."
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`. Where no sidecar says otherwise, BOS is added if the model has one."""
 
@@ -291,6 +341,12 @@ class SentencePieceTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         # A model's vocabulary may be padded beyond the tokenizer's; those ids have no text.
         return self._model.decode([i for i in ids if i < self.vocab_size])
+
+    def _decode_each(self, rows: list[list[int]]) -> list[str]:
+        return self._model.decode(rows)
+
+    def _byte(self, i: int) -> int | None:
+        return _byte_of(self._model.id_to_piece(i)) if self._model.is_byte(i) else None
 
     def _lookup(self, token: str) -> int | None:
         found = self._model.piece_to_id(token)  # the unknown id for an unknown piece
@@ -353,6 +409,36 @@ class JsonTokenizer(Tokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)
 
+    def token_bytes(self) -> TokenBytes:
+        if "ByteLevel" not in self._decoders:
+            return super().token_bytes()
+        added = self._model.get_added_tokens_decoder()
+        silent = self._specials | {i for i, token in added.items() if token.special}
+
+        def written(i: int) -> bytes:
+            token = self._model.id_to_token(i)  # None in a gap between ids
+            if token is None or i in silent:
+                return b""
+            spelled = all(c in _BYTE_LEVEL for c in token)
+            return bytes(_BYTE_LEVEL[c] for c in token) if spelled else token.encode()
+
+        texts = [written(i) for i in range(self.vocab_size)]
+        found = TokenBytes(texts, texts, [not text for text in texts])
+        self._check_token_bytes(found, range(self.vocab_size))
+        return found
+
+    def _decode_each(self, rows: list[list[int]]) -> list[str]:
+        return self._model.decode_batch(rows, skip_special_tokens=True)
+
+    def _byte(self, i: int) -> int | None:
+        return _byte_of(self._model.id_to_token(i) or "") if "ByteFallback" in self._decoders else None
+
+    @cached_property
+    def _decoders(self) -> list[str]:
+        """The kinds of decoder by which tokens become text."""
+        decoder = json.loads(self._blob).get("decoder") or {}
+        return [part["type"] for part in decoder.get("decoders", [decoder]) if part]
+
     def _lookup(self, token: str) -> int | None:
         return self._model.token_to_id(token)
 
@@ -372,6 +458,24 @@ class JsonTokenizer(Tokenizer):
     def _starts_with_bos(self) -> bool:
         return self._model.encode("a").ids[:1] == [self.bos_id]
 
+
+def _byte_of(piece: str) -> int | None:
+    """Of the piece <0x0A>, 10."""
+    return int(piece[3:5], 16) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else None
+
+
+def _byte_level() -> dict[str, int]:
+    """The character by which byte-level BPE (Radford et al. 2019) writes each byte: itself where it can be seen."""
+    seen = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("\u00a1"), ord("\u00ac") + 1),
+        *range(ord("\u00ae"), 256),
+    ]
+    others = [b for b in range(256) if b not in seen]
+    return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 _LOADERS: dict[str, Callable[..., Tokenizer]] = {
     ".json": JsonTokenizer,

@@ -1,15 +1,19 @@
 """The one function that samples responses: training, labelling, best-of-n, evaluation and `generate` call it."""
 
+import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
 from jrlhf.models.transformer import Cache, Model
 from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
-from jrlhf.sharding import RULES, batch_ways, fetch
+from jrlhf.rollout.stops import ACCEPTED
+from jrlhf.sharding import RULES, fetch
 from jrlhf.types import Params, Prompts, Rollout
 
 
@@ -19,6 +23,7 @@ class Slots(NamedTuple):
     row_S: jax.Array  # which of the N rows; N: none yet
     age_S: jax.Array  # tokens drawn so far
     live_S: jax.Array
+    stop_S: Any  # what has been written of the stop strings, a state of `sampling.next_state`; () without any
     hidden_SD: jax.Array  # of the last token: its logits are those of the next
     seen_SL: jax.Array  # places of the cache that hold tokens of this row
     cache: Cache  # [S, K, L, H] a layer
@@ -50,7 +55,11 @@ class State(NamedTuple):
     drawn: Drawn
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("group", "slots"))
+# Is told of every chunk of tokens, as numpy arrays: rows [S], tokens [S, C], and which of them are real, [S, C].
+Stream = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+
+
+@partial(jax.jit, static_argnames=("model", "group", "slots", "stream"))
 def rollout(
     model: Model,
     params: Params,
@@ -60,8 +69,9 @@ def rollout(
     group: int = 1,
     slots: int = 0,
     first_row: jax.Array | int = 0,
+    stream: Stream | None = None,
 ) -> Rollout:
-    """Continue every prompt `group` times, until a stop token or `max_new_tokens`.
+    """Continue every prompt `group` times, until a stop token, a stop string or `max_new_tokens`.
 
     prompts: tokens and mask [Q, P], left-padded. key: one key; row i draws from `fold_in(key, first_row + i)`, so that
     a row's tokens do not depend on the other rows. Returns a `Rollout` of N = Q * group rows, those of a prompt next
@@ -71,6 +81,9 @@ def rollout(
     slots: how many rows are sampled at a time, 0 for all. Where there are more rows, each that ends leaves its slot to
     the next one, inside this one program. `group` and `slots` change no draw, only speed and memory (tokens may differ
     where rounding decides: sums are taken in another order).
+
+    stream: called with each chunk of tokens as it is drawn, in their order, by the running program. On one device only
+    (ValueError otherwise). Another function is another program.
 
     - A prompt is read once, whatever its group. With all rows at a time its keys and values are not copied either: the
       group's answers attend to the same ones.
@@ -86,10 +99,13 @@ def rollout(
     keys_N = row_keys(key, len(tokens_QP) * group, first_row)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        drawn = _sample(model, group, slots, decode_params, tokens_QP, mask_QP, keys_N, sampling)
+        drawn = _sample(model, group, slots, decode_params, tokens_QP, mask_QP, keys_N, sampling, stream)
+    elif stream is not None:
+        raise ValueError(f"a stream comes of one device, and the mesh has {mesh.size}")
     else:
         batch = jax.P(RULES["batch"])
-        here = partial(_sample, model, group, slots // batch_ways(mesh))
+        ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        here = partial(_sample, model, group, slots // ways)
         drawn = jax.shard_map(
             here, in_specs=(jax.P(), batch, batch, batch, jax.P()), out_specs=batch, axis_names=set(RULES["batch"]),
             check_vma=False,
@@ -105,7 +121,15 @@ def rollout(
 
 
 def _sample(
-    model: Model, group: int, slots: int, params: Params, tokens_QP, mask_QP, keys_N, sampling: Sampling
+    model: Model,
+    group: int,
+    slots: int,
+    params: Params,
+    tokens_QP,
+    mask_QP,
+    keys_N,
+    sampling: Sampling,
+    stream: Stream | None = None,
 ) -> Drawn:
     """The rows of one device (or of one group of devices that share a model)."""
     (q, p), r = tokens_QP.shape, sampling.max_new_tokens
@@ -115,11 +139,12 @@ def _sample(
     shared = group > 1 and not queue  # the prompts' keys and values stay where they were read
     chunk = min(4 if s <= 8 else 8, r)
     steps = -(-r // chunk) * chunk
-    # With a queue prompts are read a few at a time, and rows start where as many slots are free.
-    c = max(s // group // 8, 1) if queue else q
-    at_once = c * group if queue else s
+    # With a queue rows start where a few slots are free, and as many prompts are read as they need.
+    at_once = max(s // 8, 1) if queue else s
+    c = max(at_once // group, 1) if queue else q
     before = p if shared else 0  # slots of the cache's numbering that are not in the slots' own cache
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+    next_state = sampling.next_state
     length_N = jnp.repeat(jnp.sum(mask_QP, axis=1, dtype=jnp.int32), group)
 
     def read_prompts(first) -> Read:
@@ -146,7 +171,8 @@ def _sample(
             seen = to_places(read.mask_CP[of], 1)
             cache = jax.tree.map(lambda x: to_places(x[of], 2), read.cache)
         age = jnp.zeros(a, jnp.int32)
-        return Slots(rows, age, jnp.ones(a, bool), read.hidden_CD[of], seen, cache)
+        stop = () if next_state is None else jnp.zeros(a, jnp.int32)
+        return Slots(rows, age, jnp.ones(a, bool), stop, read.hidden_CD[of], seen, cache)
 
     def refill(state: State) -> State:
         """Rows whose prompts are read start in free slots."""
@@ -178,7 +204,12 @@ def _sample(
         logprob_S = jnp.take_along_axis(jax.nn.log_softmax(logits_SV), token_S[:, None], axis=1)[:, 0]
         live_S = slots.live_S
         token_S = jnp.where(live_S, token_S, jnp.int32(sampling.pad_id))
-        stopped_S = jnp.any(token_S[:, None] == stops[None], axis=1) & live_S
+        stopped_S = jnp.any(token_S[:, None] == stops[None], axis=1)
+        stop_S = slots.stop_S
+        if next_state is not None:
+            stop_S = next_state[stop_S, token_S].astype(jnp.int32)
+            stopped_S |= stop_S == ACCEPTED
+        stopped_S &= live_S
         seen_SL = slots.seen_SL | (jnp.arange(before + length) == before + place)[None]
         hidden_S1D, cache = model.decode(
             params, token_S[:, None], (length_N[row_S] + slots.age_S)[:, None], seen_SL[:, None], slots.cache, place,
@@ -186,7 +217,7 @@ def _sample(
         )  # fmt: skip
         age_S = slots.age_S + live_S.astype(jnp.int32)
         live_next_S = live_S & ~stopped_S & (age_S < r)
-        slots = Slots(slots.row_S, age_S, live_next_S, hidden_S1D[:, 0], seen_SL, cache)
+        slots = Slots(slots.row_S, age_S, live_next_S, stop_S, hidden_S1D[:, 0], seen_SL, cache)
         return (at + 1, slots), (token_S, jnp.where(live_S, logprob_S, 0.0), live_S, stopped_S)
 
     def decode_chunk(state: State) -> State:
@@ -196,6 +227,9 @@ def _sample(
             lambda carry, _: decode_one(carry, prefix), (state.at, state.slots), None, length=chunk
         )
         tokens, logprobs, live, stopped = (x.T for x in out)
+        if stream is not None:
+            told = lambda *chunk: stream(*map(np.asarray, chunk))  # noqa: E731
+            io_callback(told, None, row_S, tokens, live, ordered=True)
         to = (jnp.where(live, row_S[:, None], n), age_S[:, None] + jnp.arange(chunk)[None])
         drawn = Drawn(
             drawn.tokens_NR.at[to].set(tokens, mode="drop"),
@@ -214,6 +248,9 @@ def _sample(
 
     def unfinished(state: State):
         return (state.waiting < n) | jnp.any(state.slots.live_S)
+
+    def fits(end: int, state: State):
+        return unfinished(state) & (state.at < p + end)
 
     def grown(state: State, length: int) -> State:
         more = length - state.slots.cache[0].k_BKSH.shape[2]
@@ -236,7 +273,7 @@ def _sample(
     state = State(at, jnp.int32(n), first, read, nothing)
     for end in ends:
         state = grown(state, p - before + end)
-        state = jax.lax.while_loop(lambda x, end=end: unfinished(x) & (x.at < p + end), body, state)
+        state = jax.lax.while_loop(partial(fits, end), body, state)
     return state.drawn
 
 

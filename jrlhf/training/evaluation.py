@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.models.transformer import Model
-from jrlhf.rollout.rollout import pad_prompts, rollout
+from jrlhf.rollout.rollout import Stream, pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
+from jrlhf.rollout.stops import stop_table
 from jrlhf.sharding import batch_ways, fetch, leads, put_batch
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.rewards import Reward, Texts, on_host_scores, read_texts
 from jrlhf.types import Params, Prompts, Rollout
-
 
 BLOCK = 1024  # rows that one call draws, where there are many
 SLOTS = {"cpu": 16}  # rows sampled at a time on each device, by backend
@@ -36,15 +36,27 @@ class Sampler:
     config: SamplingConfig
     prompt_length: int  # slots for the prompt; every prompt must fit
 
+    def __post_init__(self):
+        if self.config.stop:
+            _ = self.sampling  # a tokenizer that knows no stop strings says so before anything is computed
+
     @cached_property
     def sampling(self) -> Sampling:
-        return make_sampling(self.config, self.tokenizer.eos_ids, self.tokenizer.pad_id)
+        stop, vocab_size = self.config.stop, self.model.config.vocab_size
+        next_state = token_states(stop, self.tokenizer, vocab_size) if stop else None
+        return make_sampling(self.config, self.tokenizer.eos_ids, self.tokenizer.pad_id, next_state)
 
     def put_prompts(self, ids: list[list[int]]) -> Prompts:
         return put_batch(self.mesh, pad_prompts(ids, self.prompt_length, self.tokenizer.pad_id))
 
     def draw(
-        self, params: Params, ids: list[list[int]], key: jax.Array, group: int = 1, first_row: int = 0
+        self,
+        params: Params,
+        ids: list[list[int]],
+        key: jax.Array,
+        group: int = 1,
+        first_row: int = 0,
+        stream: Stream | None = None,
     ) -> Rollout:
         """`group` responses to each prompt, next to each other, on the devices: one call of `rollout`.
 
@@ -56,7 +68,8 @@ class Sampler:
         prompts = self.put_prompts([row for row in ids for _ in range(copies)])
         slots = (self.config.slots or SLOTS.get(jax.default_backend(), 256) * ways) // ways * ways or ways
         return rollout(
-            self.model, params, prompts, key, self.sampling, group // copies, slots if slots < rows else 0, first_row
+            self.model, params, prompts, key, self.sampling, group // copies, slots if slots < rows else 0, first_row,
+            stream=stream,
         )  # fmt: skip
 
     def sample(
@@ -78,6 +91,12 @@ class Sampler:
             if progress is not None:
                 progress(min(start + size, len(ids)) * group)
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids) * group], *out)
+
+
+@lru_cache(maxsize=8)
+def token_states(stop: tuple[str, ...], tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """`stop_table` of a tokenizer's tokens; the same one for the same tokenizer, of which a stage makes samplers."""
+    return stop_table(stop, tokenizer.token_bytes(), vocab_size)
 
 
 def prompt_slots(*ids: list[list[int]]) -> int:

@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -21,7 +22,8 @@ from jrlhf.models.hf_config import read_object
 from jrlhf.models.peft import PEFT_CONFIG, save_peft
 from jrlhf.rollout.rollout import response_ids
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import make_mesh
+from jrlhf.rollout.stops import cut_at_stop
+from jrlhf.sharding import fetch, make_mesh
 from jrlhf.training.artifacts import Loaded, has_model, load_adapter, load_model
 from jrlhf.training.evaluation import Sampler, prompt_slots
 
@@ -36,15 +38,19 @@ def generate(
     console: Console,
     seed: int,
     raw: bool = False,
+    stream: bool = False,
     **sampling: Any,
 ) -> dict[str, list[list[str]]]:
     """Print and return `n` answers to each prompt: of one model, or of every policy of a run folder.
 
     What is printed says which policy, prompt and answer it is, where there are several. Where a model's tokenizer has
     a chat template a prompt is a user's message, unless it is `raw`. Words that a tokenizer does not know are named
-    on stderr.
+    on stderr. With `stream` an answer is printed as it is written; there is one to each prompt then (UserError).
     """
+    if stream and n > 1:
+        raise UserError(f"stream: shows one answer to a prompt as it is written, and n is {n}")
     models = policies(path)
+    typist = Typist(console) if stream else None
     answers: dict[str, list[list[str]]] = {}
     warned: set[str] = set()
     for name, folder in models.items():
@@ -55,10 +61,13 @@ def generate(
             if warning := about_unknown_words(loaded.tokenizer, prompt, warned):
                 print(warning, file=sys.stderr)
             turn = [{"role": "user", "content": prompt}] if chats(loaded) and not raw else prompt
-            given = respond(loaded, turn, n, seed, **sampling)
-            answers.setdefault(name, []).append(given)
             if len(prompts) > 1:
                 console.print(Text(f"> {prompt}", style="dim"), soft_wrap=True)
+            given = respond(loaded, turn, n, seed, typist=typist, **sampling)
+            answers.setdefault(name, []).append(given)
+            if typist is not None:
+                typist.finish(given[0])
+                continue
             for number, answer in enumerate(given, 1):
                 console.print(Text(f"{number}: {answer}" if n > 1 else answer), soft_wrap=True)
     return answers
@@ -77,6 +86,7 @@ def chat(
     begins with the `system` message if there is one. Without a template, or `raw`, a line is a prompt by
     itself, and `/dialogue` keeps the conversation in the form of the HH data
     (`\\n\\nHuman: ... \\n\\nAssistant:`). `/new` forgets it, `/quit` or end of file leaves.
+    Answers are printed as they are written.
     """
     name, folder = list(policies(path).items())[-1]
     loaded = load_any(folder)
@@ -91,6 +101,7 @@ def chat(
         hello = "type a prompt; /dialogue keeps the conversation, /new forgets it, /quit leaves"
     console.print(Text(f"{name}: {hello}"), soft_wrap=True)
     warned: set[str] = set()
+    typist = Typist(console)
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
@@ -107,13 +118,52 @@ def chat(
             console.print(Text(warning, style="yellow"), soft_wrap=True)
         seed += 1
         try:
-            answer = respond(loaded, converse.prompt(line), 1, seed, **sampling)[0]
+            answer = respond(loaded, converse.prompt(line), 1, seed, typist=typist, **sampling)[0]
         except UserError as error:  # too long for the context: say so and go on
             forget = ". /new forgets what was said before" if converse.remembers else ""
             console.print(Text(f"{error}{forget}", style="red"), soft_wrap=True)
             continue
-        console.print(Text(answer))
+        typist.finish(answer)
         converse.keep(line, answer)
+
+
+class Typist:
+    """Prints one answer after another, each as it is written: the `stream` of a `rollout` of one row."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._text: Callable[[list[int]], str] = lambda ids: ""
+        self._stop: Sequence[str] = ()
+        self._ids: list[int] = []
+        self._printed = ""
+
+    def begin(self, text: Callable[[list[int]], str], stop: Sequence[str]) -> None:
+        """An answer begins, whose tokens' text, cut at a stop string, is `text(ids)`."""
+        self._text, self._stop, self._ids, self._printed = text, stop, [], ""
+
+    def __call__(self, rows: np.ndarray, tokens: np.ndarray, real: np.ndarray) -> None:
+        self._ids += np.asarray(tokens)[np.asarray(real)].tolist()
+        self._print(settled(self._text(self._ids), self._stop))
+
+    def finish(self, answer: str) -> None:
+        """Print what is left of the answer, and end its line."""
+        self._print(answer)
+        self._console.out()
+        self._printed = ""
+
+    def _print(self, text: str) -> None:
+        # Some tokenizers take a character back where a wrong byte follows it: what is printed stays.
+        if new := text[len(self._printed) :]:
+            self._console.out(new, end="", highlight=False)
+            self._printed = text
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The beginning of a text that more tokens will not change: whole characters, and nothing that may yet become a
+    stop string."""
+    text = text.rstrip("\ufffd")  # bytes of a character that is not complete
+    begun = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return text[: len(text) - max(begun, default=0)]
 
 
 class Conversation:
@@ -295,11 +345,13 @@ def respond(
     n: int,
     seed: int,
     max_new_tokens: int | None = None,
+    typist: Typist | None = None,
     **sampling: Any,
 ) -> list[str]:
     """`n` answers to one prompt, each as long as fits (at most 256 tokens) unless a length is given.
 
-    A text is taken as it stands; messages go through the chat template.
+    A text is taken as it stands; messages go through the chat template. An answer ends before a stop string. A `typist`
+    prints the only answer while it is written, for which it is told `finish` afterwards.
 
     Raises UserError when prompt and answer do not fit the context.
     """
@@ -318,6 +370,18 @@ def respond(
     ids = [encoded.tolist()]
     config = SamplingConfig(max_new_tokens or min(256, context - len(encoded)), **sampling)
     mesh = make_mesh(ONE_DEVICE, jax.devices()[:1])
-    sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, prompt_slots(ids))
-    samples = sampler.sample(loaded.params, ids, jax.random.key(seed), group=n)
-    return [loaded.tokenizer.decode(row) for row in response_ids(samples)]
+    # In coarse steps, so that the next turn of a conversation mostly finds its program compiled.
+    slots = -(-prompt_slots(ids) // 64) * 64
+    sampler = Sampler(loaded.model, loaded.tokenizer, mesh, config, slots)
+
+    def text(ids: list[int]) -> str:
+        return cut_at_stop(loaded.tokenizer.decode(ids), config.stop)
+
+    key = jax.random.key(seed)
+    if typist is None:
+        samples = sampler.sample(loaded.params, ids, key, group=n)
+    else:
+        typist.begin(text, config.stop)
+        samples = fetch(sampler.draw(loaded.params, ids, key, stream=typist))
+        jax.effects_barrier()
+    return [text(row) for row in response_ids(samples)]

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import _cache_ends, pad_prompts, response_ids, rollout
 from jrlhf.rollout.sampling import SamplingConfig, make_sampling
+from jrlhf.rollout.stops import TokenBytes, stop_table
 from jrlhf.sharding import make_mesh, put_batch, state_shardings
+from jrlhf.training.loop import COMPILATIONS
 
 ROWS, PROMPT, RESPONSE = 8, 5, 10  # 10 is no multiple of the chunk of 4
 STOP, PAD = (3, 7), 0
@@ -197,14 +200,26 @@ def test_padding_of_the_prompts_changes_nothing(params):
 # --- compilation and devices --------------------------------------------------------------------------------------
 
 
-def test_new_values_do_not_recompile(params):
-    roll(params, sampling(1.0))
-    roll(params, sampling(1.3, top_k=4, top_p=0.8, min_p=0.1))
-    before = rollout._cache_size()
-    assert before >= 2  # which filters there are is static
-    roll(params, sampling(0.3), key=jax.random.key(1))
-    roll(params, sampling(0.9, top_k=9, top_p=0.5, min_p=0.2))
-    assert rollout._cache_size() == before
+@pytest.mark.parametrize("how", [{}, {"slots": 3}, {"group": 4, "slots": 8}], ids=str)
+def test_new_values_do_not_recompile(params, how):
+    """Other prompts, keys, first rows, values of the filters, stop strings whose tables have one size, weights."""
+
+    def call(number, **filters):
+        batch = jax.tree.map(jnp.asarray, many(12))._replace(tokens=jnp.asarray(many(12).tokens + number % 2))
+        rule = stopped_by(("ab", "bcd", "da\n", "ca")[number], temperature=1.0 + 0.1 * number, **filters)
+        more = jax.tree.map(lambda x: x + 0.01 * number, params)
+        rollout(MODEL, more, batch, jax.random.key(number), rule, first_row=12 * number, **how)
+
+    call(0)
+    call(0, top_k=4, top_p=0.8, min_p=0.1)
+    before, programs = COMPILATIONS.count, rollout._cache_size()
+    for number in (1, 2, 3):
+        call(number)
+        call(number, top_k=4 + number, top_p=0.8 / number, min_p=0.1 + 0.1 * number)
+    assert COMPILATIONS.count == before
+    assert rollout._cache_size() == programs
+    call(1, top_k=4)  # which filters there are is static
+    assert COMPILATIONS.count > before
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -311,3 +326,115 @@ def test_rows_are_numbered_from_the_first(params):
     second = jax.tree.map(lambda x: x[8:], batch)
     whole, part = drawn(MODEL, params, batch), drawn(MODEL, params, second, first_row=8)
     same(part, jax.tree.map(lambda x: x[8:], whole))
+
+
+def test_more_answers_to_a_prompt_than_slots(params):
+    """A group is begun by some of its rows, and its prompt is read again where it has to be."""
+    alone = drawn(MODEL, params, many(3, repeated=12))
+    for slots in (1, 2, 8, 11):
+        same(drawn(MODEL, params, many(3), group=12, slots=slots), alone)
+    # Two start at a time, of three to a prompt: the second may have to wait for its prompt.
+    same(drawn(MODEL, params, many(9), group=3, slots=17), drawn(MODEL, params, many(9, repeated=3)))
+
+
+def test_rows_start_as_soon_as_a_few_slots_are_free(params):
+    """The order in which rows have their slots: a few at a time, whatever the group."""
+    chunks = []
+    stream = lambda rows, tokens, real: chunks.append((rows, real))  # noqa: E731
+    drawn(MODEL, params, many(2), group=20, slots=16, stream=stream)
+    jax.effects_barrier()
+    assert {rows.shape for rows, _ in chunks} == {(16,)}
+    starts = [sorted({*rows.tolist()} - {*before.tolist()}) for (before, _), (rows, _) in pairwise(chunks)]
+    started = [row for some in starts for row in some]
+    assert started == list(range(16, 40))  # in their order
+    assert min(len(some) for some in starts if some) == 2
+    busy = np.mean([np.sum(real[:, 0]) for rows, real in chunks if rows.max() < 39])
+    assert busy >= 14  # at most one slot is empty, waiting for another, when a chunk begins
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------
+
+# Token i writes the letter a, b, c or d, one of every four two of them.
+WRITTEN = [("abcd"[i % 4] + ("a" if i % 16 > 11 else "")).encode() for i in range(32)]
+TOKENS = TokenBytes(WRITTEN, WRITTEN, [False] * 32)
+
+
+def stopped_by(*stop, stop_ids=(), temperature=1.2, **filters):
+    config = SamplingConfig(22, temperature, stop=stop, **filters)
+    return make_sampling(config, stop_ids, PAD, stop_table(stop, TOKENS, 32))
+
+
+@pytest.mark.parametrize("how", [{}, {"slots": 3}, {"group": 2, "slots": 8}], ids=str)
+def test_a_row_ends_with_the_token_that_completes_a_stop_string(params, how):
+    stop = ("abd", "ca", "ddd")
+    group = how.get("group", 1)
+    batch = many(40 // group)
+    rule = replace(stopped_by(*stop), next_state=None)
+    free = jax.device_get(rollout(MODEL, params, many(40 // group, repeated=group), KEY, rule))
+    out = jax.device_get(rollout(MODEL, params, batch, KEY, stopped_by(*stop), **how))
+    lengths = []
+    for i, ids in enumerate(response_ids(free)):
+        texts = [b"".join(WRITTEN[t] for t in ids[: n + 1]) for n in range(len(ids))]
+        ends = [n + 1 for n, text in enumerate(texts) if any(s.encode() in text for s in stop)]
+        lengths.append(ends[0] if ends else 22)
+        assert out.ended[i] == bool(ends)
+        np.testing.assert_array_equal(out.response_mask[i], np.arange(22) < lengths[-1])
+    np.testing.assert_array_equal(
+        out.tokens[:, PROMPT:], np.where(out.response_mask, free.tokens[:, PROMPT:], PAD)
+    )
+    np.testing.assert_allclose(out.logprobs, np.where(out.response_mask, free.logprobs, 0.0), atol=2e-5)
+    assert min(lengths) < 4
+    assert max(lengths) == 22
+
+
+def test_stop_tokens_and_stop_strings_end_rows_side_by_side(params):
+    out = roll(params, stopped_by("abd", "ca", stop_ids=STOPS), batch=many())
+    last = [ids[-1] for ids in response_ids(out)]
+    texts = [b"".join(WRITTEN[t] for t in ids) for ids in response_ids(out)]
+    by_token, by_string = np.isin(last, STOPS), np.array([b"abd" in t or b"ca" in t for t in texts])
+    np.testing.assert_array_equal(out.ended, by_token | by_string)
+    assert np.any(by_token & ~by_string)
+    assert np.any(by_string & ~by_token)
+
+
+def test_stop_strings_on_a_mesh(params):
+    mesh = make_mesh(MESHES["all"])
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(params, state_shardings(mesh, params, AXES))
+        out = rollout(MODEL, spread, put_batch(mesh, many()), KEY, stopped_by("abd", "ca"), slots=16)
+    same(jax.device_get(out), roll(params, stopped_by("abd", "ca"), batch=many()))
+
+
+def test_without_stop_strings_nothing_is_added_to_the_program(params):
+    rule = stopped_by("abd")
+    sizes = [
+        str(jax.make_jaxpr(partial(rollout, MODEL))(params, many(), KEY, some)).count("\n")
+        for some in (rule, replace(rule, next_state=None))
+    ]
+    assert sizes[0] > sizes[1]
+    assert sum(x is not None for x in jax.tree.leaves(replace(rule, next_state=None))) == 4
+
+
+# --- streams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{}, {"slots": 3}, {"group": 4}], ids=str)
+def test_a_stream_has_every_token_in_its_order(params, how):
+    told: dict[int, list[int]] = {}
+
+    def stream(rows, tokens, real):
+        assert all(isinstance(x, np.ndarray) for x in (rows, tokens, real))
+        for row, of_row, m in zip(rows.tolist(), tokens, real, strict=True):
+            told.setdefault(row, []).extend(of_row[m].tolist())
+
+    out = drawn(MODEL, params, many(8), stream=stream, **how)
+    jax.effects_barrier()
+    told.pop(len(out.tokens), None)  # a slot that has no row yet
+    assert [told[i] for i in range(len(out.tokens))] == response_ids(out)
+    same(out, drawn(MODEL, params, many(8), **how))
+
+
+def test_a_stream_is_of_one_device(params):
+    mesh = make_mesh(MESHES["data"])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="the mesh has 8"):
+        rollout(MODEL, params, put_batch(mesh, prompts()), KEY, sampling(), stream=print)

@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import MESHES
 
 from jrlhf.config import UserError
-from jrlhf.rollout.sampling import SamplingConfig, draw, filter_logits, inverse_cdf, make_sampling, row_keys
+from jrlhf.rollout.sampling import (
+    CANDIDATES,
+    SamplingConfig,
+    _filter_by_bits,
+    draw,
+    filter_logits,
+    inverse_cdf,
+    make_sampling,
+    row_keys,
+)
+from jrlhf.sharding import make_mesh
 
 filtered = jax.jit(filter_logits)
 
@@ -62,6 +73,65 @@ def test_top_p_keeps_the_smallest_set(logits, top_p):
     result = kept(logits, top_p=top_p)
     np.testing.assert_array_equal(result, np.stack([plain_top_p(p, top_p) for p in probabilities]))
     assert np.all(np.sum(probabilities * result, axis=1) >= top_p - 1e-6)
+
+
+# --- more tokens than candidates ---------------------------------------------------------------------------------
+
+WIDE = 600
+assert WIDE > 2 * CANDIDATES
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Rows of 600 logits: those that the candidates decide, flat ones that they do not, ties, padded vocabularies."""
+    rng = np.random.default_rng(1)
+    rows = 4.0 * rng.standard_normal((24, WIDE))
+    rows[4:8] = 0.1 * rng.standard_normal((4, WIDE))  # 0.9 of the mass is in some 530 tokens
+    rows[8:12] = np.round(rows[8:12])
+    rows[12] = 0.0
+    rows[13, ::2], rows[13, 1::2] = 0.0, -0.0
+    rows[14, :400], rows[14, 400:] = 1.0, -5.0  # more equals at the edge than candidates
+    rows[15:18, 30:] = -np.inf
+    rows[18:20, 30:] = -1e30
+    rows[20, 7] = 80.0
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 40, 256, 257, 599, 600, 1000])
+def test_candidates_keep_the_top_k_of_many(wide, k):
+    expected = np.stack([plain_top_k(row, k) for row in wide]) & (wide > -1e29)
+    np.testing.assert_array_equal(kept(wide, top_k=k), expected)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("k", [0, 50, 300])
+def test_candidates_keep_the_top_p_of_many(wide, top_p, k):
+    expected = []
+    for row in wide.astype(np.float64):
+        keep = plain_top_k(row, k or WIDE) & (row > -1e29)
+        expected.append(keep & plain_top_p(softmax(np.where(keep, row, -np.inf)), top_p))
+    np.testing.assert_array_equal(kept(wide, top_k=k, top_p=top_p), np.stack(expected))
+
+
+@pytest.mark.parametrize("config", [{"top_k": 40}, {"top_k": 300, "top_p": 0.9}, {"top_p": 0.95}], ids=str)
+def test_passes_over_the_vocabulary_keep_the_same(wide, config):
+    """What a TPU does, and a mesh that splits the vocabulary: bit by bit, also for rows beside which all is decided."""
+    sampling = make_sampling(SamplingConfig(**config), (1,), 0)
+    by_bits = np.asarray(jax.jit(_filter_by_bits)(wide, sampling))
+    np.testing.assert_array_equal(by_bits, np.asarray(filtered(wide, sampling)))
+    easy = wide[:4]
+    np.testing.assert_array_equal(np.asarray(filtered(easy, sampling)), by_bits[:4])
+
+
+def test_a_split_vocabulary_is_not_sorted():
+    sampling = make_sampling(SamplingConfig(top_k=5, top_p=0.9), (1,), 0)
+    x = jax.ShapeDtypeStruct((2, WIDE), jnp.float32)
+
+    def sorts(mesh):
+        with jax.set_mesh(make_mesh(mesh)):
+            return "top_k" in str(jax.make_jaxpr(filter_logits)(x, sampling))
+
+    assert [sorts(MESHES["data"]), sorts(MESHES["all"])] == [True, False]
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.3])
@@ -142,9 +212,16 @@ def test_mistakes_are_named():
         "min_p": 1.0,
         "top_k": -1,
         "max_new_tokens": 0,
+        "stop": "Human:",
     }.items():
         with pytest.raises(UserError, match=f"sampling.{field}"):
             replace(SamplingConfig(), **{field: value})
+
+
+@pytest.mark.parametrize("text", ["", "a\ufffd"])
+def test_a_stop_string_that_cannot_be_written_is_refused(text):
+    with pytest.raises(UserError, match=r"sampling\.stop: a stop string must not be empty"):
+        SamplingConfig(stop=("fine", text))
 
 
 def test_filtered_says_whether_the_policy_itself_is_sampled():
