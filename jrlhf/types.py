@@ -43,6 +43,9 @@ class SequenceBatch(NamedTuple):
     segment_ids: Array  # [B, T] int32: 1, 2, ... per row, 0 is padding
     positions: Array  # [B, T] int32, restarting in each segment
     loss_mask: Array  # [B, T] bool: tokens to be predicted (never the first of a segment)
+    # [B, A] int32: the slots of the tokens to be predicted, -1 is none: the head is given no others. () where
+    # that would leave nothing out, and in streams
+    targets: Any = ()
 
 
 class Rollout(NamedTuple):
@@ -63,10 +66,32 @@ class Algorithm(NamedTuple):
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-class PreferenceBatch(NamedTuple):
-    """K answers to each prompt, all of a prompt in one batch element. Padding answers have rank 0."""
+class PackedAnswers(NamedTuple):
+    """K answers to each of B prompts, every prompt once, in N rows of T tokens: prompt, its answers, prompt, ...
 
-    tokens: Array  # [B, K, T] int32, prompt then answer, right-padded
+    A token sees what is before it in its row and segment, and of that the prompt and its own answer alone.
+    """
+
+    tokens: Array  # [N, T] int32
+    segment_ids: Array  # [N, T] int32: prompts by number, 1, 2, ... per row; 0 is padding
+    branches: Array  # [N, T] int32: 0 is a prompt's token, 1 to K of that answer
+    positions: Array  # [N, T] int32; every answer continues where its prompt ends
+    # The answers' tokens that are to be predicted, of which a row has room for A
+    before: Array  # [N, A] int32: the slot of the token before it, for an answer's first the prompt's last
+    targets: Array  # [N, A] int32: the token
+    places: Array  # [N, A] int32: 1, 2, ... within its answer
+    owners: Array  # [N, A] int32: its answer, K * prompt + answer, prompts as numbered in a microbatch; -1 is none
+    ends: Array  # [B, K] int32: an answer's last token, T * row + slot within a microbatch; 0 of a missing answer
+    lengths: Array  # [B, K] int32: tokens of each answer that are to be predicted
+
+
+class PreferenceBatch(NamedTuple):
+    """K answers to each prompt, all of a prompt in one batch element. Padding answers have rank 0.
+
+    Of this and the other batches of answers: where they are packed, `tokens` is PackedAnswers and the masks are ().
+    """
+
+    tokens: Any  # [B, K, T] int32, prompt then answer, right-padded
     mask: Array  # [B, K, T] bool, a real token
     response_mask: Array  # [B, K, T] bool, a token of the answer (EOS included)
     ranks: Array  # [B, K] int32; 1 is best, equal ranks are ties, 0 is no answer
@@ -82,7 +107,7 @@ class PreferenceBatch(NamedTuple):
 class PairBatch(NamedTuple):
     """Chosen (index 0) and rejected (index 1) answers to each prompt."""
 
-    tokens: Array  # [B, 2, T] int32, prompt then answer
+    tokens: Any  # [B, 2, T] int32, prompt then answer
     mask: Array  # [B, 2, T] bool, a real token
     response_mask: Array  # [B, 2, T] bool, a token of the answer
     ref_logprobs: Array  # [B, 2] summed reference log-probabilities; ignored when computed on the fly
@@ -110,7 +135,7 @@ class UnpairedBatch(NamedTuple):
 class RankedBatch(NamedTuple):
     """K answers to each prompt for algorithms on whole rankings. Padding answers have rank 0."""
 
-    tokens: Array  # [B, K, T] int32, prompt then answer
+    tokens: Any  # [B, K, T] int32, prompt then answer
     mask: Array  # [B, K, T] bool, a real token
     response_mask: Array  # [B, K, T] bool, a token of the answer
     ref_logprobs: Array  # [B, K] summed reference log-probabilities; ignored when computed on the fly

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.config import UserError, did_you_mean
+from jrlhf.models.packed import packed_scores
 from jrlhf.models.transformer import Model
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_var
 from jrlhf.ops.microbatch import value_and_grad_rows
@@ -32,7 +33,7 @@ from jrlhf.ops.reward_losses import (
     rating_loss,
 )
 from jrlhf.optim import Optimizer
-from jrlhf.types import Algorithm, Array, Params, PreferenceBatch, TrainState
+from jrlhf.types import Algorithm, Array, PackedAnswers, Params, PreferenceBatch, TrainState
 
 Objective = Literal["bradley_terry", "plackett_luce", "regression"]
 OVERALL = "overall"  # the head of the rows' ranks
@@ -171,6 +172,8 @@ def sequence_head_scores(model: Model, params, tokens_BT, mask_BT) -> jax.Array:
 
 def preference_scores(model: Model, params, batch: PreferenceBatch) -> jax.Array:
     """[B, K, n] scores of the answers by every head; those of padding answers mean nothing."""
+    if isinstance(batch.tokens, PackedAnswers):
+        return packed_scores(model, params, batch.tokens)
     b, k, t = batch.tokens.shape
     flat = sequence_head_scores(model, params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
     return flat.reshape(b, k, -1)

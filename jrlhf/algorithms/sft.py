@@ -5,17 +5,18 @@ InstructGPT (Ouyang et al. 2022), section 3.5, step 1.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jrlhf.config import UserError
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
-from jrlhf.ops.losses import language_model_loss
 from jrlhf.ops.masking import masked_mean
 from jrlhf.ops.microbatch import value_and_grad_rows
 from jrlhf.optim import Optimizer
-from jrlhf.types import Algorithm, SequenceBatch, TrainState
+from jrlhf.types import Algorithm, Array, SequenceBatch, TrainState
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,31 @@ class SFTConfig:
             raise UserError(f"balance_coef must not be negative, got {self.balance_coef}")
 
 
+class Targets(NamedTuple):
+    """Tokens to be predicted, of which each row holds at most A."""
+
+    hidden: jax.Array  # [B, A, D] from which they are predicted
+    tokens: Array  # [B, A] int32
+    mask: Array  # [B, A] bool: there is one
+    balance: jax.Array  # [] float32, the load-balancing loss of a mixture of experts
+
+
+def targets(model: Model, params, batch: SequenceBatch) -> Targets:
+    """Of a batch without `targets`, every position but the first counts as a place for one: A is T - 1."""
+    hidden, balance = model.hidden_and_balance(params, batch.tokens, batch.segment_ids, batch.positions)
+    if isinstance(batch.targets, tuple):
+        return Targets(hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:], balance)
+    slots = jnp.maximum(batch.targets, 1)
+    hidden = jnp.take_along_axis(hidden, slots[..., None] - 1, axis=1)
+    return Targets(hidden, jnp.take_along_axis(batch.tokens, slots, axis=1), batch.targets > 0, balance)
+
+
 def sft_loss(model: Model, params, batch: SequenceBatch, denominator, balance_coef: float = 0.0):
     """Cross-entropy summed over the batch's target tokens / denominator (target tokens of the global batch)."""
-    hidden, balance = model.hidden_and_balance(params, batch.tokens, batch.segment_ids, batch.positions)
-    logprobs, entropy = model.logprobs_of_hidden(params, hidden[:, :-1], batch.tokens[:, 1:], 1.0)
-    mask = batch.loss_mask[:, 1:]
-    loss = language_model_loss(logprobs, mask, denominator)
+    hidden, tokens, mask, balance = targets(model, params, batch)
+    weights = jnp.where(mask, 1.0 / denominator, 0.0)
+    logprob, _, entropy = model.weighted_logprobs_of_hidden(params, hidden, tokens, weights)
+    loss = -logprob
     sums = {"train/loss": loss, "policy/entropy": masked_mean(entropy, mask, denominator=denominator)}
     if balance_coef:
         # Weighted by its share of the tokens, so that microbatches add up to about what one pass gives.

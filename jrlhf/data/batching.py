@@ -22,7 +22,7 @@ from jrlhf.data.chat import ChatTemplate, Message, Rewritten, answer_messages, p
 from jrlhf.data.report import Report
 from jrlhf.data.sources import read
 from jrlhf.data.tokenizer import CHOOSE_TEMPLATE, Tokenizer
-from jrlhf.types import PreferenceBatch, StepBatch
+from jrlhf.types import PackedAnswers, PreferenceBatch, StepBatch
 
 
 class Example(NamedTuple):
@@ -494,6 +494,91 @@ def stack_preferences(
         weights if np.any(weights != 1.0) else (),
         certainty if np.any(certainty != 1.0) else (),
     )
+
+
+def first_fit(sizes: np.ndarray, room: Sequence[int]) -> np.ndarray:
+    """The bin of each item, [B]: the largest first, into the first bin that still has room (Johnson 1973).
+
+    sizes: [B, n], of n kinds, of each of which a bin holds `room` [n]. Largest is by the first kind. Every item fits
+    into an empty bin.
+    """
+    free, bins = np.tile(np.asarray(room), (len(sizes), 1)), np.zeros(len(sizes), np.int64)
+    opened = 1
+    for i in np.argsort(-sizes[:, 0], kind="stable"):
+        fits = np.all(free[: opened + 1] >= sizes[i], axis=1)
+        n = int(np.argmax(fits))
+        bins[i], free[n] = n, free[n] - sizes[i]
+        opened = max(opened, n + 1)
+    return bins
+
+
+def shared_tokens(tokens: np.ndarray, mask: np.ndarray, response_mask: np.ndarray) -> np.ndarray:
+    """How many tokens all answers to a prompt begin with, before the first that any of them learns: [B].
+
+    Arrays [B, K, T] of right-padded answers; missing ones are masked. ValueError where they are padded on the left.
+    """
+    lengths, slots = mask.sum(axis=2), np.arange(mask.shape[2])
+    if not np.array_equal(mask, slots < lengths[..., None]):
+        raise ValueError("answers that are packed must be padded on the right")
+    first = np.argmax(lengths > 0, axis=1)  # of the answers that are there
+    leader = np.take_along_axis(tokens, first[:, None, None], axis=1)
+    alike = (tokens == leader) & mask & ~response_mask | (lengths == 0)[..., None]
+    alike = np.all(alike, axis=1) & (slots < lengths.max(axis=1)[:, None])
+    return np.where(np.all(alike, axis=1), alike.shape[1], np.argmin(alike, axis=1))
+
+
+def pack_answers(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    response_mask: np.ndarray,
+    row_of: np.ndarray,
+    shape: tuple[int, int, int],
+) -> PackedAnswers:
+    """Right-padded answers [B, K, T] with every prompt once, many in a row; answers that are missing are masked.
+
+    row_of: [B], the row of each prompt. shape: how many rows there are, their tokens, and the answers' tokens for which
+    one has room. What the answers share is their prompt, as far as it is not learned (`shared_tokens`).
+    """
+    B, K, _ = tokens.shape
+    N, T, A = shape
+    shared, lengths = shared_tokens(tokens, mask, response_mask), mask.sum(axis=2)
+    own = np.maximum(lengths - shared[:, None], 0)
+    size = shared + own.sum(axis=1)
+    order = np.argsort(row_of, kind="stable")  # the prompts of a row follow one another
+    before = np.cumsum(size[order]) - size[order]
+    first = np.searchsorted(row_of[order], row_of[order])
+    begin, segment = np.empty(B, np.int64), np.empty(B, np.int64)
+    begin[order], segment[order] = before - before[first], np.arange(B) - first + 1
+    begin_own = begin[:, None] + shared[:, None] + np.cumsum(own, axis=1) - own
+
+    def slot(b, k, t):
+        """Of token t of an answer to prompt b."""
+        return np.where(t < shared[b], begin[b] + t, begin_own[b, k] + t - shared[b])
+
+    leads = np.arange(K) == np.argmax(lengths > 0, axis=1)[:, None]
+    t = np.arange(tokens.shape[2])
+    b, k, t = np.nonzero(mask & (leads[..., None] | (t >= shared[:, None, None])))
+    at = row_of[b], slot(b, k, t)
+    packed = {name: np.zeros((N, T), np.int32) for name in ("tokens", "segment_ids", "branches", "positions")}
+    packed["tokens"][at], packed["positions"][at] = tokens[b, k, t], t
+    packed["segment_ids"][at], packed["branches"][at] = segment[b], np.where(t < shared[b], 0, k + 1)
+
+    b, k, t = np.nonzero(response_mask[:, :, 1:])  # a first token is never predicted
+    order = np.argsort(row_of[b], kind="stable")
+    b, k, t = b[order], k[order], t[order] + 1
+    at = row_of[b], np.arange(len(b)) - np.searchsorted(row_of[b], row_of[b])
+    packed |= {name: np.zeros((N, A), np.int32) for name in ("before", "targets", "places")}
+    packed["owners"] = np.full((N, A), -1, np.int32)
+    packed["before"][at], packed["targets"][at] = slot(b, k, t - 1), tokens[b, k, t]
+    packed["places"][at], packed["owners"][at] = (
+        np.cumsum(response_mask[:, :, 1:], axis=2)[b, k, t - 1],
+        b * K + k,
+    )
+
+    b, k = np.nonzero(lengths)
+    ends = np.zeros((B, K), np.int32)
+    ends[b, k] = row_of[b] * T + slot(b, k, lengths[b, k] - 1)
+    return PackedAnswers(**packed, ends=ends, lengths=response_mask[:, :, 1:].sum(axis=2, dtype=np.int32))
 
 
 def stack_steps(examples: Sequence[StepExample], max_len: int, pad_id: int = 0) -> StepBatch:

@@ -12,7 +12,16 @@ from jrlhf.ops.masking import masked_sum
 from jrlhf.ops.microbatch import map_rows, value_and_grad_rows
 from jrlhf.ops.reference import refreshed_reference
 from jrlhf.ops.reward_losses import ordered_pairs
-from jrlhf.types import Algorithm, Array, PairBatch, Params, PreferenceBatch, RankedBatch, TrainState
+from jrlhf.types import (
+    Algorithm,
+    Array,
+    PackedAnswers,
+    PairBatch,
+    Params,
+    PreferenceBatch,
+    RankedBatch,
+    TrainState,
+)
 
 When = Literal["never", "precomputed", "on_the_fly"]
 
@@ -62,7 +71,10 @@ class LanguageModel(Protocol):
         """All parameters, of which some may be frozen."""
 
     def logprobs(self, params: Params, tokens_BT: Array, mask_BT: Array) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities and entropies of tokens [1, T) given what precedes them, each [B, T - 1]."""
+        """Log-probabilities and entropies of tokens [1, T) given what precedes them, each [B, T - 1].
+
+        Where batches are packed, also `packed_logprobs(params, rows: PackedAnswers)`: [N, A] of the answers' tokens.
+        """
 
 
 class Optimizer(Protocol):
@@ -149,19 +161,49 @@ def pair_logprobs(
     Both (all K) answers go through the model in one forward pass. `tail_weight` multiplies the tokens beyond the length
     of the prompt's shortest answer (LD-DPO's alpha, Liu et al. 2024, eq. 8; 1: an ordinary sum).
     """
+    if isinstance(batch.tokens, PackedAnswers):
+        return _packed_logprobs(model, params, batch, tail_weight)
     b, k, t = batch.tokens.shape
     logprobs, _ = model.logprobs(params, batch.tokens.reshape(b * k, t), batch.mask.reshape(b * k, t))
     logprobs, mask = logprobs.reshape(b, k, t - 1), batch.response_mask[:, :, 1:].astype(bool)
     if tail_weight != 1.0:
         place = jnp.cumsum(mask, axis=2, dtype=jnp.float32)
-        lengths = answer_lengths(batch)
-        shortest = jnp.min(jnp.where(lengths > 0, lengths, jnp.inf), axis=1)
-        logprobs = logprobs * jnp.where(place <= shortest[:, None, None], 1.0, tail_weight)
+        logprobs = logprobs * jnp.where(place <= _shortest(batch)[:, None, None], 1.0, tail_weight)
     return masked_sum(logprobs, mask, axis=2)
+
+
+def _shortest(batch: PairBatch | RankedBatch | PreferenceBatch) -> jax.Array:
+    """Tokens of each prompt's shortest answer, [B] float32."""
+    lengths = answer_lengths(batch)
+    return jnp.min(jnp.where(lengths > 0, lengths, jnp.inf), axis=1)
+
+
+def _packed_logprobs(
+    model: Any, params: Params, batch: PairBatch | RankedBatch | PreferenceBatch, tail_weight: float
+) -> jax.Array:
+    rows, (b, k) = batch.tokens, shape_of(batch)
+    logprobs, owners = model.packed_logprobs(params, rows), jnp.asarray(rows.owners)
+    if tail_weight != 1.0:
+        shortest = _shortest(batch)[jnp.maximum(owners, 0) // k]
+        logprobs = logprobs * jnp.where(jnp.asarray(rows.places, jnp.float32) <= shortest, 1.0, tail_weight)
+    # What is nobody's goes to one more answer, which is left out.
+    owners = jnp.where(owners < 0, b * k, owners)
+    return jax.ops.segment_sum(logprobs.reshape(-1), owners.reshape(-1), b * k + 1)[:-1].reshape(b, k)
+
+
+def shape_of(batch: PairBatch | RankedBatch | PreferenceBatch) -> tuple[int, int]:
+    """Prompts, and answers to each."""
+    if isinstance(batch.tokens, PackedAnswers):
+        b, k = batch.tokens.ends.shape
+    else:
+        b, k, _ = batch.tokens.shape
+    return b, k
 
 
 def answer_lengths(batch: PairBatch | RankedBatch | PreferenceBatch) -> jax.Array:
     """Tokens of each answer, [B, K] float32; 0 of a padding answer."""
+    if isinstance(batch.tokens, PackedAnswers):
+        return jnp.asarray(batch.tokens.lengths, jnp.float32)
     return jnp.sum(batch.response_mask[:, :, 1:], axis=2, dtype=jnp.float32)
 
 
@@ -169,7 +211,7 @@ def ranks_of(batch: PairBatch | RankedBatch) -> jax.Array:
     """[B, K] int32; of pairs (1, 2), but (1, 1) of one on which the labels are evenly divided."""
     if isinstance(batch, RankedBatch):
         return jnp.asarray(batch.ranks)
-    ranks = jnp.broadcast_to(jnp.array([1, 2], jnp.int32), batch.tokens.shape[:2])
+    ranks = jnp.broadcast_to(jnp.array([1, 2], jnp.int32), shape_of(batch))
     if isinstance(batch.certainty, tuple):
         return ranks
     return jnp.where((batch.certainty == 0.5)[:, None], 1, ranks)
@@ -178,7 +220,7 @@ def ranks_of(batch: PairBatch | RankedBatch) -> jax.Array:
 def weights_of(batch: PairBatch | RankedBatch) -> jax.Array:
     """How much each row counts, [B] float32."""
     if isinstance(batch, RankedBatch) or isinstance(batch.weights, tuple):
-        return jnp.ones(batch.tokens.shape[:1], jnp.float32)
+        return jnp.ones(shape_of(batch)[:1], jnp.float32)
     return jnp.asarray(batch.weights)
 
 
@@ -255,7 +297,7 @@ def pair_algorithm(
         if when == "precomputed":
             return state, batch
         if when == "never":
-            return state, batch._replace(ref_logprobs=jnp.zeros(batch.tokens.shape[:2], jnp.float32))
+            return state, batch._replace(ref_logprobs=jnp.zeros(shape_of(batch), jnp.float32))
         ref = state.ref_params
         if every:
             # By the policy that begins the step. (Where a bad step is left out, so is the refresh that was due in it.)

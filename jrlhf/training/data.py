@@ -1,5 +1,6 @@
 """From sources to arrays of fixed shape in memory, and batches of them on the mesh."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from jrlhf.data.batching import (
     encode_rows,
     encode_steps,
     encode_turns,
+    first_fit,
     pack,
+    pack_answers,
     pack_texts,
     pad_batch,
     prefetch,
+    shared_tokens,
     stack_preferences,
     stack_steps,
 )
@@ -36,7 +40,7 @@ from jrlhf.data.labelers import rater_of
 from jrlhf.data.report import Report
 from jrlhf.data.sources import DataSource, check_row, load, read
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.sharding import batch_ways, fetch, put_batch, take_batch
+from jrlhf.sharding import batch_sharding, batch_ways, fetch, put_batch, take_batch
 from jrlhf.types import AnswerBatch, PairBatch, PreferenceBatch, SequenceBatch, StepBatch, UnpairedBatch
 
 
@@ -66,6 +70,18 @@ def demonstration_batch(
         console.print(f"  {report}", highlight=False)
     examples = [example for group in groups for example in group]
     return SequenceBatch(**pack(examples, length, tokenizer.pad_id))
+
+
+def with_targets(batch: SequenceBatch) -> SequenceBatch:
+    """The batch with the slots of what is to be predicted, where that is less than all: prompts need no logits."""
+    mask = batch.loss_mask[:, 1:]
+    most = -(-int(mask.sum(axis=1).max()) // 8) * 8
+    if most >= mask.shape[1]:
+        return batch
+    # slots with a target, in their order, then others
+    first = np.argsort(~mask, axis=1, kind="stable")[:, :most]
+    found = np.take_along_axis(mask, first, axis=1)
+    return batch._replace(targets=np.where(found, first + 1, -1).astype(np.int32))
 
 
 def prompt_ids(
@@ -242,6 +258,53 @@ def rows_of(arrays: Any) -> int:
     return len(jax.tree.leaves(arrays)[0])
 
 
+class Packing:
+    """How answers in memory are packed (`PackedAnswers`): rows of one length, in which as many prompts are as fit.
+
+    arrays: a PreferenceBatch, PairBatch or RankedBatch of numpy arrays, padded on the right. parts: the microbatches of
+    a batch, each of which has rows of its own. `length` is that of the longest prompt with all its answers, `targets`
+    a quarter more than the answers' tokens that a row has on average.
+    """
+
+    def __init__(self, arrays: Any, mesh: Mesh, parts: int = 1):
+        self._arrays, self._parts, self._ways = arrays, parts, batch_ways(mesh)
+        self._padded = arrays.tokens, arrays.mask, arrays.response_mask
+        shared, lengths = shared_tokens(*self._padded), arrays.mask.sum(axis=2)
+        tokens = shared + np.maximum(lengths - shared[:, None], 0).sum(axis=1)
+        targets = arrays.response_mask[:, :, 1:].sum(axis=(1, 2))
+        self._sizes = np.stack([tokens, targets], axis=1)
+        self.length = -(-int(tokens.max()) // 8) * 8
+        usual = 1.25 * self.length * targets.sum() / tokens.sum()
+        self.targets = min(-(-int(max(targets.max(), usual, 1)) // 8) * 8, self.length)
+
+    def unit(self, size: int) -> int:
+        """Rows come in multiples of this, in batches of `size` prompts."""
+        both = self._ways * self._parts
+        return both if size % both == 0 else math.lcm(self._ways, self._parts)
+
+    def rows(self, index: np.ndarray) -> int:
+        """Rows that a batch of the numbered prompts needs."""
+        most = max(int(self._bins(index[i :: self._parts]).max()) + 1 for i in range(self._parts))
+        unit = self.unit(len(index))
+        return -(-most * self._parts // unit) * unit
+
+    def batch(self, index: np.ndarray, rows: int) -> Any:
+        """The numbered prompts as a batch of numpy arrays, packed into so many rows; those that are left are empty."""
+        shape = rows // self._parts, self.length, self.targets
+        packed = []
+        for i in range(self._parts):
+            own = index[i :: self._parts]
+            tokens, mask, response_mask = (x[own] for x in self._padded)
+            packed.append(pack_answers(tokens, mask, response_mask, self._bins(own), shape))
+        # Part i of `split_rows` is rows i, i + parts, ...
+        merged = jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *packed)
+        others = self._arrays._replace(tokens=(), mask=(), response_mask=())
+        return take(others, index)._replace(tokens=merged)
+
+    def _bins(self, index: np.ndarray) -> np.ndarray:
+        return first_fit(self._sizes[index], (self.length, self.targets))
+
+
 class BatchFeed:
     """Batches of in-memory arrays for `train`, prepared ahead in a background thread; any step can be the first."""
 
@@ -254,9 +317,12 @@ class BatchFeed:
     def __call__(self, step: int) -> Any:
         if self._feed is None or step != self._next:
             self.close()
-            self._feed = prefetch(self._from(step), lambda rows: take_batch(self._mesh, self._arrays, rows))
+            self._feed = prefetch(self._from(step), self._put)
         self._next = step + 1
         return next(self._feed)
+
+    def _put(self, index: np.ndarray) -> Any:
+        return take_batch(self._mesh, self._arrays, index)
 
     def _from(self, step: int) -> Iterator[np.ndarray]:
         while True:
@@ -266,6 +332,47 @@ class BatchFeed:
     def close(self) -> None:
         if isinstance(self._feed, prefetch):
             self._feed.close()
+
+
+SHAPES = 4  # numbers of rows that packed batches may have: each is a program of its own
+
+
+class PackedFeed(BatchFeed):
+    """The same prompts in the same steps, packed (`Packing`).
+
+    Batches have one of at most SHAPES numbers of rows (one, in short runs), which are evenly spaced and were chosen by
+    what the steps of the run need: all of them, or a sample where they are many. A step that needs more than any of
+    these has the next larger number.
+    """
+
+    def __init__(self, arrays: Any, batch_size: int, seed: int, mesh: Mesh, steps: int, parts: int = 1):
+        super().__init__(arrays, batch_size, seed, mesh)
+        self._packing = Packing(arrays, mesh, parts)
+        sample = np.unique(np.linspace(0, steps - 1, min(steps, 256)).astype(int))
+        needed = {int(step): self._packing.rows(self._batches.indices(int(step))) for step in sample}
+        unit = self._packing.unit(batch_size)
+        self._least, self._unit = max(needed.values()) if steps < 50 * SHAPES else 0, unit
+        while len({self._size(rows) for rows in needed.values()}) > SHAPES:
+            self._unit += unit
+        self._least = min(self._size(rows) for rows in needed.values())
+        self._examples = {self._size(rows): step for step, rows in needed.items()}  # a step of each
+
+    def _size(self, rows: int) -> int:
+        """Rows of a batch that needs so many."""
+        return max(-(-rows // self._unit) * self._unit, self._least)
+
+    def _pack(self, index: np.ndarray) -> Any:
+        return self._packing.batch(index, self._size(self._packing.rows(index)))
+
+    def _put(self, index: np.ndarray) -> Any:
+        return put_batch(self._mesh, self._pack(index))
+
+    def shapes(self) -> list[Any]:
+        """A batch of each size as shapes on the mesh, the largest first."""
+        sharding = batch_sharding(self._mesh)
+        struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+        steps = [step for _, step in sorted(self._examples.items(), reverse=True)]
+        return [jax.tree.map(struct, self._pack(self._batches.indices(step))) for step in steps]
 
 
 @dataclass(frozen=True)
@@ -349,15 +456,23 @@ def chunk_rows(rows: int, mesh: Mesh) -> int:
     return -(-min(rows, SAMPLE_ROWS) // ways) * ways
 
 
-def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh) -> Any:
-    """`f(batch)` over all rows, `size` at a time (the last padded with copies of row 0), results on the host."""
+def in_chunks(f: Callable, arrays: Any, size: int, mesh: Mesh, packing: bool = False) -> Any:
+    """`f(batch)` over all rows, `size` at a time (the last padded with copies of one), results on the host.
+
+    packing: the rows are answers to prompts, and batches of them are packed (`Packing`).
+    """
     n = rows_of(arrays)
-    out = []
-    for start in range(0, n, size):
-        index = np.arange(start, start + size)
-        index[index >= n] = 0
-        out.append(fetch(f(take_batch(mesh, arrays, index))))
-    return jax.tree.map(lambda *x: np.concatenate(x)[:n], *out)
+    # Those that are packed are mixed, so that chunks are about as large.
+    order = Batches(n, n, 0).indices(0) if packing else np.arange(n)
+    chunks = [order[np.arange(start, start + size) % n] for start in range(0, n, size)]
+    if packing:
+        packed = Packing(arrays, mesh)
+        rows = max(packed.rows(index) for index in chunks)
+        batches = (put_batch(mesh, packed.batch(index, rows)) for index in chunks)
+    else:
+        batches = (take_batch(mesh, arrays, index) for index in chunks)
+    out = [fetch(f(batch)) for batch in batches]
+    return take(jax.tree.map(lambda *x: np.concatenate(x)[:n], *out), np.argsort(order))
 
 
 # --- single labelled answers --------------------------------------------------------------------------------

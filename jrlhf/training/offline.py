@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
 from jrlhf.sharding import check_batch
-from jrlhf.training.data import BatchFeed, StreamFeed
+from jrlhf.training.data import BatchFeed, PackedFeed, StreamFeed
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
 from jrlhf.types import Algorithm, TrainState
 
@@ -21,25 +21,34 @@ def train_offline(
     algorithm: Algorithm,
     start: tuple,
     axes: dict,
-    arrays: Any,  # or a StreamFeed
+    arrays: Any,  # or a feed of batches
     evaluate: Callable[[TrainState, int], dict] | None = None,
     show: tuple[str, ...] = ("train/loss",),
 ) -> TrainState:
-    """Train on `arrays` (leading axis rows, in memory) or on a stream, for `steps` batches.
+    """Train on `arrays` (leading axis rows, in memory), packed or not, or on a stream, for `steps` batches.
 
     start: arguments of `algorithm.init`. axes: the model's logical axes. Batches of arrays, and so the position in
-    the data, are a pure function of (seed, step); a stream's position is saved with each checkpoint.
+    the data, are a pure function of (seed, step); a stream's position is saved with each checkpoint. Where batches have
+    several shapes, the step is compiled for all of them first, so that no late one is slow or does not fit.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
-    template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
+    template, make_state, frozen = sharded_state(
+        mesh, axes, algorithm.init, *start, offload_optimizer=loop.offload_optimizer
+    )
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     feed: BatchFeed | StreamFeed
     where: dict[str, Any] = {}
     if isinstance(arrays, StreamFeed):
         feed = arrays
         where = {"position": lambda n: arrays.position, "resume_position": arrays.restore}
+    elif isinstance(arrays, BatchFeed):
+        feed = arrays
     else:
         feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
+
+    if isinstance(feed, PackedFeed):
+        for shapes in feed.shapes():
+            step.lower(template, frozen, shapes).compile()
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         batch = feed(n)

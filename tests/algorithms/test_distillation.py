@@ -81,13 +81,13 @@ def test_layout_is_irrelevant(whole):
 def test_packed_texts_are_learned_as_if_apart(whole):
     """Two texts to a row; the other rows are empty."""
     apart = make_batch()
-    packed = SequenceBatch(*(np.zeros((ROWS, 2 * LENGTH), x.dtype) for x in apart))
+    packed = SequenceBatch(*(np.zeros((ROWS, 2 * LENGTH), x.dtype) for x in apart[:4]))
     for row in range(ROWS):
         real = apart.segment_ids[row].astype(bool)
         n, second = int(real.sum()), row % 2
         begin = int(apart.segment_ids[row - 1].sum()) if second else 0
         slots = slice(begin, begin + n)
-        for into, of in zip(packed, apart, strict=True):
+        for into, of in zip(packed[:4], apart[:4], strict=True):
             into[row // 2, slots] = of[row, real]
         packed.segment_ids[row // 2, slots] = 1 + second
     found = step(packed, divergence="jsd", temperature=0.8)

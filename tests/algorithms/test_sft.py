@@ -10,6 +10,7 @@ from helpers import DESCENT, MODEL, assert_close, largest_difference, lm_params,
 from jrlhf.algorithms.sft import SFTConfig, make_sft
 from jrlhf.metrics import check_name
 from jrlhf.optim import OptimConfig, build_optimizer
+from jrlhf.training.data import with_targets
 from jrlhf.types import SequenceBatch
 
 ROWS, LENGTH = 24, 12  # three rows on each of eight devices
@@ -119,3 +120,21 @@ def test_adam_on_a_split_state_is_adam(whole):
             assert x.addressable_shards[0].data.size * ways[name] == x.size, jax.tree_util.keystr(path)
             found[name] += 1
     assert all(found[name] >= 3 for name in ways)  # the parameter and both moments
+
+
+@pytest.mark.parametrize(("microbatches", "mesh"), [(1, None), (3, "data")])
+def test_positions_that_learn_nothing_need_no_logits(whole, microbatches, mesh):
+    """Only the states before a target reach the head; those of a row with fewer than others are filled up with none."""
+    few = with_targets(BATCH)
+    assert 0 < few.targets.shape[1] < LENGTH - 1
+    assert np.any(few.targets < 0)
+    found = step(few, microbatches, mesh)
+    assert_close((found.metrics, found.gradient), (whole.metrics, whole.gradient))
+    if mesh is None:
+        assert f"f32[{ROWS},{LENGTH - 1},32]" in whole.hlo
+        assert f"f32[{ROWS},{LENGTH - 1},32]" not in found.hlo
+
+
+def test_where_all_is_learned_nothing_is_left_out():
+    every = BATCH._replace(loss_mask=np.arange(LENGTH) * np.ones((ROWS, 1), int) > 0)
+    assert with_targets(every) == every

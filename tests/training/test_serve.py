@@ -24,8 +24,10 @@ from jrlhf.models.hf import load_hf
 from jrlhf.models.lora import join, merged
 from jrlhf.models.peft import PEFT_CONFIG, load_peft
 from jrlhf.models.transformer import Model
+from jrlhf.rollout.stops import cut_at_stop
 from jrlhf.training import serve
 from jrlhf.training.artifacts import Beginning, begin, save_model, save_trained
+from jrlhf.training.loop import COMPILATIONS
 
 QUIET = Console(quiet=True)
 
@@ -57,7 +59,7 @@ def asked(monkeypatch):
     """The prompts that were asked; every answer is "Fine." """
     prompts = []
 
-    def respond(loaded, prompt, n, seed, **sampling):
+    def respond(loaded, prompt, n, seed, **options):
         if "too long" in str(prompt):
             raise UserError(f"{prompt}: does not fit")
         prompts.append(prompt)
@@ -203,6 +205,104 @@ def test_a_line_that_is_too_long_says_what_can_be_done(bare, chatml, monkeypatch
         last = chatted(monkeypatch, folder, *lines)
         assert last.startswith("the prompt is too long: its ")
         assert last.endswith(forget) is remembers
+
+
+class Shown(io.StringIO):
+    """A screen that keeps what was on it after each piece was written."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def flush(self):
+        self.seen.append(self.getvalue())
+
+
+ROMAN = "one\ntwo é ü 日本"
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory):
+    """Its words are few, and it writes characters in several bytes."""
+    folder = tmp_path_factory.mktemp("spelled")
+    tokenizer = train_sentencepiece([ROMAN] * 9, 300, folder / "t", "bpe", byte_fallback=True)
+    return serve.load_any(write_model(folder / "model", tokenizer))
+
+
+def typed(tokenizer, ids, stop=(), chunk=3):
+    """What a Typist shows of an answer in chunks of tokens, piece by piece, and the answer."""
+    screen = Shown()
+    typist = serve.Typist(Console(file=screen))
+    text = lambda ids: cut_at_stop(tokenizer.decode(ids), stop)  # noqa: E731
+    typist.begin(text, stop)
+    for start in range(0, len(ids), chunk):
+        part = np.asarray([[*ids[start : start + chunk], *ids[:1] * chunk][:chunk]])
+        typist(np.zeros(1), part, np.arange(chunk)[None] < len(ids) - start)
+    typist.finish(text(ids))
+    return screen.seen, text(ids)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("stop", [(), ("two",), ("日x", "wo é ", "\n\n"), ("本",)], ids=str)
+@pytest.mark.parametrize("said", [ROMAN, "☃ été [/b] " + ROMAN, "a" * 100 + " bcd"])
+def test_a_typist_shows_what_will_stay(spelled, stop, chunk, said):
+    seen, answer = typed(spelled.tokenizer, spelled.tokenizer.encode(said), stop, chunk)
+    assert seen[-1] == answer + "\n"
+    assert answer == said[: min(said.find(s) % 1000 for s in (*stop, "\ue000"))]
+    assert all(answer.startswith(text) for text in seen[:-1])
+    assert "\ufffd" not in "".join(seen)
+    assert stop or len({*seen}) >= 3
+
+
+def test_a_typist_shows_an_answer_as_far_as_it_may(spelled):
+    seen, _ = typed(spelled.tokenizer, spelled.tokenizer.encode("one two"), ("two three", "e t"), chunk=1)
+    assert seen[-1] == "on\n"
+    seen, answer = typed(spelled.tokenizer, spelled.tokenizer.encode("one two"), ("two three",), chunk=100)
+    assert (answer, seen[0], seen[-1]) == ("one two", "one ", "one two\n")
+    assert serve.settled("xaba", ("abac", "ab")) == "x"  # the longest beginning of a stop string
+    half = spelled.tokenizer.encode("one ☃")[:-1]
+    assert typed(spelled.tokenizer, half, chunk=1)[0][-1].startswith("one \ufffd")  # it stays half
+
+
+def test_an_answer_is_the_same_while_it_is_written(spelled):
+    prompt, screen = "one", Shown()
+    plain = serve.respond(spelled, prompt, 1, 3, max_new_tokens=40)
+    typist = serve.Typist(Console(file=screen))
+    assert serve.respond(spelled, prompt, 1, 3, 40, typist) == plain
+    typist.finish(plain[0])
+    assert screen.getvalue() == plain[0] + "\n"
+    assert len({*screen.seen}) > 3  # piece by piece
+    stop = plain[0][5:8]
+    (cut,) = serve.respond(spelled, prompt, 1, 3, max_new_tokens=40, stop=(stop, "never"))
+    assert plain[0].startswith(cut + stop)
+    programs = COMPILATIONS.count
+    # Neither another prompt, nor another answer of the same typist, is compiled.
+    for more in ("two", "one two é ü 日本", "é"):
+        serve.respond(spelled, more, 1, 4, 40, typist)
+    assert COMPILATIONS.count == programs
+
+
+def test_generate_streams_one_answer_to_each_prompt(spelled, monkeypatch):
+    monkeypatch.setattr(serve, "policies", lambda path: {"model": path})
+    monkeypatch.setattr(serve, "load_any", lambda folder: spelled)
+    shown = []
+    for stream in (False, True):
+        console = Console(file=Shown(), width=10_000)
+        serve.generate(
+            Path(),
+            ["one", "two"],
+            n=1,
+            console=console,
+            seed=0,
+            stream=stream,
+            max_new_tokens=20,
+            stop=("zz",),
+        )
+        shown.append(console.file)
+    assert shown[0].getvalue() == shown[1].getvalue()
+    assert len({*shown[1].seen}) > len({*shown[0].seen}) + 3
+    with pytest.raises(UserError, match="stream: shows one answer"):
+        serve.generate(Path(), ["one"], n=2, console=QUIET, seed=0, stream=True)
 
 
 def test_words_that_are_not_known_are_named_once(words, bare, chatml, asked, monkeypatch, capsys):

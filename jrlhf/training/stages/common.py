@@ -19,6 +19,7 @@ from jrlhf.config import (
 )
 from jrlhf.metrics import progress
 from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.packed import window_spans
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import check_batch, leads, make_mesh
@@ -142,6 +143,15 @@ def check_microbatches(stage) -> None:
     rows, parts = stage.loop.batch_size, stage.algorithm.microbatches
     if parts < 1 or rows % parts:
         raise UserError(f"loop.batch_size {rows} is not divisible by algorithm.microbatches {parts}")
+
+
+def check_packing(packing: bool, config: ModelConfig, max_length: int) -> None:
+    """That answers of at most `max_length` tokens (0: the model's context) can be packed, where they are to be."""
+    if packing and not window_spans(config, length := max_length or config.context):
+        raise UserError(
+            f"packing: the model has layers with a window of {config.window} tokens, which cannot be counted in packed "
+            f"rows, and answers may have {length}. Set packing to False, or max_length to at most {config.window}."
+        )
 
 
 def check_length(length: int, model: Model, field_name: str) -> None:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from jrlhf.algorithms import FROM_PAIRS
 from jrlhf.algorithms.dpo import DPOConfig
-from jrlhf.config import StageContext, UserError
+from jrlhf.config import StageContext, UserError, no_fingerprint
+from jrlhf.models.packed import as_packed
 from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import wilson_interval
 from jrlhf.ops.pairs import PairConfig, answers_of, pair_logprobs
@@ -18,6 +19,7 @@ from jrlhf.optim import build_optimizer
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import (
+    PackedFeed,
     check_plain,
     in_chunks,
     pair_arrays,
@@ -29,7 +31,7 @@ from jrlhf.training.evaluation import chunk_rows, criteria_accuracy
 from jrlhf.training.loop import stage_key
 from jrlhf.training.offline import train_offline
 from jrlhf.training.stages.alignment import AlignmentStage
-from jrlhf.training.stages.common import check_length, start_config
+from jrlhf.training.stages.common import check_length, check_packing, start_config
 from jrlhf.training.stages.preferences import preference_plan, preference_rows, with_references
 from jrlhf.types import PairBatch, PreferenceBatch, RankedBatch
 
@@ -43,10 +45,14 @@ class DirectAlignment(AlignmentStage):
 
     pairs: Literal["all", "best_worst"] = "all"  # of each prompt's ranked answers, for algorithms on pairs
     algorithm: PairConfig = DPOConfig()
+    # a prompt goes through the model once for all its answers, and several share a row of tokens
+    packing: bool = no_fingerprint(True)
 
     def validate(self, stages):
         self.check_algorithm(FROM_PAIRS, "pairs of answers")
         super().validate(stages)
+        if not self.needs_download(stages):
+            check_packing(self.packing, start_config(stages, self.start), self.max_length)
         if self.of_rankings and self.pairs != "all":
             raise UserError(
                 f"pairs: {type(self.algorithm).__name__} learns from whole rankings, not from {self.pairs!r} pairs"
@@ -78,6 +84,9 @@ class DirectAlignment(AlignmentStage):
             model, tokenizer = policy.model, policy.tokenizer
             beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 1))
             trained = beginning.model
+            check_packing(self.packing, model.config, self.max_length)
+            if self.packing:
+                model, trained = as_packed(model), as_packed(trained)
             whole = lambda state: trained.whole(state.params["policy"], beginning.frozen)  # noqa: E731
             rows = preference_rows(self, ctx)
             check_plain(rows, self.unread, f"{type(self.algorithm).__name__} as it is set")
@@ -90,7 +99,7 @@ class DirectAlignment(AlignmentStage):
                     (train_rows, held_rows), ("preferences", "held-out preferences"), strict=True
                 )
             )
-            score = partial(scored, self.algorithm, model, policy.params, mesh=mesh)
+            score = partial(scored, self.algorithm, model, policy.params, mesh=mesh, packing=self.packing)
             # Held-out accuracy is that of ordered pairs, whatever is learned from, and against the start.
             held = score(pair_arrays(answers, self.pairs))
             batch: PairBatch | RankedBatch = (
@@ -101,27 +110,32 @@ class DirectAlignment(AlignmentStage):
             if self.algorithm.reference_scored == "precomputed":
                 batch = score(batch)
 
-            probe = self.probe(ctx, mesh, policy, trained, jax.random.fold_in(key, 2))
+            probe = self.probe(ctx, mesh, policy, beginning.model, jax.random.fold_in(key, 2))
 
             def evaluate(state, step):
                 params = whole(state)
-                metrics = implicit_accuracy(self.algorithm, trained, params, held, mesh)
+                metrics = implicit_accuracy(self.algorithm, trained, params, held, mesh, self.packing)
                 return metrics | probe(params, step)
 
             steps = self.loop.total_steps(rows_of(batch))
             make = FROM_PAIRS[type(self.algorithm)]
             algorithm = make(self.algorithm, trained, build_optimizer(self.optim, steps))
+            batches: Any = batch
+            if self.packing:
+                parts = self.algorithm.microbatches
+                batches = PackedFeed(batch, self.loop.batch_size, ctx.seed, mesh, steps, parts)
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (beginning.trained, policy.params, key),
-                trained.logical_axes(), batch, evaluate, ("pref/loss", "pref/acc"),
+                trained.logical_axes(), batches, evaluate, ("pref/loss", "pref/acc"),
             )  # fmt: skip
             params = save_trained(
                 ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start]
             )
-            accuracy = implicit_accuracy(self.algorithm, model, params, held, mesh)
+            accuracy = implicit_accuracy(self.algorithm, model, params, held, mesh, self.packing)
             by_criterion = {}
             if rows_of(answers) == len(held_rows):
-                implied = implicit_rewards(self.algorithm, model, params, score(rankings(answers)), mesh)
+                every = score(rankings(answers))
+                implied = implicit_rewards(self.algorithm, model, params, every, mesh, self.packing)
                 by_criterion = criteria_accuracy(implied, held_rows)
         return {
             "implicit_accuracy": accuracy["eval/pref_acc/mean"],
@@ -137,20 +151,21 @@ def rankings(answers: PreferenceBatch) -> RankedBatch:
     return RankedBatch(answers.tokens, answers.mask, answers.response_mask, nothing, answers.ranks)
 
 
-def scored(config: PairConfig, model: Model, ref_params, batch: Any, mesh: Mesh) -> Any:
+def scored(config: PairConfig, model: Model, ref_params, batch: Any, mesh: Mesh, packing: bool) -> Any:
     """The batch (pairs or rankings) with the reference's log-probabilities, computed once; as it is without one."""
     if config.reference_scored == "never":
         return batch
     f = partial(jitted_pair_logprobs, model, config.tail_weight, ref_params)
-    return batch._replace(ref_logprobs=in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh))
+    logprobs = in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh, packing)
+    return batch._replace(ref_logprobs=logprobs)
 
 
 def implicit_rewards(
-    config: PairConfig, model: Model, params, batch: PairBatch | RankedBatch, mesh: Mesh
+    config: PairConfig, model: Model, params, batch: PairBatch | RankedBatch, mesh: Mesh, packing: bool
 ) -> np.ndarray:
     """What the policy implies for every answer, [N, K]: of DPO beta log(pi/ref), of others what they say."""
     f = partial(jitted_rewards, config, model, params)
-    return in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh)
+    return in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh, packing)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -164,10 +179,10 @@ def jitted_rewards(config: PairConfig, model: Model, params, batch):
 
 
 def implicit_accuracy(
-    config: PairConfig, model: Model, params, held: PairBatch, mesh: Mesh
+    config: PairConfig, model: Model, params, held: PairBatch, mesh: Mesh, packing: bool
 ) -> dict[str, float]:
     """Share of held-out pairs whose chosen answer has the larger implicit reward."""
-    rewards = implicit_rewards(config, model, params, held, mesh)
+    rewards = implicit_rewards(config, model, params, held, mesh, packing)
     right = float(np.sum(rewards[:, 0] > rewards[:, 1]))
     low, high = wilson_interval(right, len(rewards))
     return {

@@ -131,7 +131,8 @@ class Distill(FineTuningStage):
                 self.algorithm, model, teacher.model, build_optimizer(self.optim, steps)
             )
             template, make_state, fixed = sharded_state(
-                mesh, model.logical_axes(), algorithm.init, beginning.trained, teacher.params, key, beginning.frozen
+                mesh, model.logical_axes(), algorithm.init, beginning.trained, teacher.params, key, beginning.frozen,
+                offload_optimizer=self.loop.offload_optimizer,
             )  # fmt: skip
 
             def evaluate(state: TrainState, step: int) -> dict:

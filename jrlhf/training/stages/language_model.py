@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jrlhf.algorithms.sft import SFTConfig, check_balance, make_sft
+from jrlhf.algorithms.sft import SFTConfig, check_balance, make_sft, targets
 from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError
 from jrlhf.data.chat import ChatConfig
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from jrlhf.models.config import ModelConfig
+from jrlhf.models.config import AttentionKernel, CacheDtype, ModelConfig, Remat
 from jrlhf.models.families import Head
 from jrlhf.models.hf import config_from_hf, load_hf, resolve_checkpoint
 from jrlhf.models.lora import join, merged
@@ -43,6 +43,7 @@ from jrlhf.training.data import (
     rows_of,
     take,
     text_batch,
+    with_targets,
 )
 from jrlhf.training.evaluation import chunk_rows
 from jrlhf.training.loop import stage_key
@@ -165,7 +166,9 @@ class Checkpoint(ModelStage):
     param_dtype: Literal["float32", "bfloat16"] = (
         "float32"  # bfloat16: half the memory; for a base beside adapters
     )
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Remat = "none"
+    attention: AttentionKernel = "auto"
+    cache_dtype: CacheDtype = "auto"
     logits_chunk: int = 0
     vocab_multiple: int = 1  # pad the embedding's rows, so that they divide over the mesh
     grow_vocabulary: bool = False  # new rows where the tokenizer has more ids; otherwise that is an error
@@ -200,7 +203,15 @@ class Checkpoint(ModelStage):
             )
 
     def _ours(self) -> dict[str, Any]:
-        names = ("dtype", "param_dtype", "remat", "logits_chunk", "vocab_multiple")
+        names = (
+            "dtype",
+            "param_dtype",
+            "remat",
+            "attention",
+            "cache_dtype",
+            "logits_chunk",
+            "vocab_multiple",
+        )
         return {name: getattr(self, name) for name in names}
 
     def plan(self, ctx):
@@ -296,7 +307,7 @@ class SFT(FineTuningStage):
                 arrays = demonstration_batch(
                     self.data, tokenizer, length, self.too_long, labelled(ctx.console, "data")
                 )
-                kept, held = hold_out(arrays, self.eval_rows)
+                kept, held = (with_targets(rows) for rows in hold_out(arrays, self.eval_rows))
             trained = train_language_model(self, ctx, mesh, beginning, key, kept, held)
             params = save_trained(ctx.folder, beginning, trained, tokenizer, ctx.parents[self.start])
             return {"eval_loss": final_loss(model.base, params, held, mesh)}
@@ -369,6 +380,6 @@ def final_loss(model: Model, params, held: SequenceBatch, mesh: Mesh) -> float:
 @partial(jax.jit, static_argnums=0)
 def row_losses(model: Model, params, batch: SequenceBatch) -> tuple[jax.Array, jax.Array]:
     """Summed loss and number of target tokens of each row, [B] each."""
-    logprobs, _ = model.logprobs(params, batch.tokens, batch.segment_ids, positions_BT=batch.positions)
-    mask = batch.loss_mask[:, 1:]
+    hidden, tokens, mask, _ = targets(model, params, batch)
+    logprobs, _ = model.logprobs_of_hidden(params, hidden, tokens, 1.0)
     return jnp.sum(jnp.where(mask, -logprobs, 0.0), axis=1), jnp.sum(mask, axis=1)

@@ -8,22 +8,32 @@ import jax
 from jax.sharding import Mesh
 
 from jrlhf.algorithms import FROM_ROLLOUTS
+from jrlhf.algorithms.online_dpo import OnlineDPOConfig
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.sft import sft_loss
-from jrlhf.config import REWARD_MODEL, Source, StageContext, UserError, did_you_mean, stage_ref_or_name
+from jrlhf.config import (
+    REWARD_MODEL,
+    MeshConfig,
+    Source,
+    StageContext,
+    UserError,
+    did_you_mean,
+    no_fingerprint,
+    stage_ref_or_name,
+)
 from jrlhf.data.curation import Curriculum
 from jrlhf.metrics import DRIVER_REWARDS
 from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import make_mesh
+from jrlhf.sharding import check_batch, make_mesh
 from jrlhf.training.artifacts import Beginning, Loaded, begin, load_adapter, load_model, save_trained
 from jrlhf.training.data import text_batch
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
 from jrlhf.training.loop import stage_key
 from jrlhf.training.monitors import Alarms, Monitor
-from jrlhf.training.online import train_online
+from jrlhf.training.online import Overlap, train_online
 from jrlhf.training.rewards import check_all, make_reward
 from jrlhf.training.stages.common import (
     FineTuningStage,
@@ -68,6 +78,11 @@ class RolloutStage(FineTuningStage):
     eval_prompts: Source | None = None
     max_prompt: int = 0
     too_long: TooLongPrompt = "error"
+    # "one_step": the answers of each iteration are drawn while the one before is scored and learned from, by the policy
+    # before that update (docs/algorithms.md).
+    overlap: Overlap = "none"
+    # So many of the devices, the last ones, only sample; the mesh is one of the others. 0: all take turns.
+    rollout_devices: int = no_fingerprint(0)
 
     def learner(
         self, ctx: StageContext, mesh: Mesh, policy: Loaded, beginning: Beginning, key: jax.Array, slots: int
@@ -111,6 +126,7 @@ class RolloutStage(FineTuningStage):
                 "temperature 0 are not possible here; use temperature"
             )
         self.check_adapters(stages)
+        self._check_overlap()
         if self.loop.epochs:
             raise UserError(f"loop.epochs: {type(self).__name__} counts steps; set loop.steps")
         algorithm, size = self.algorithm, self.loop.batch_size
@@ -130,6 +146,52 @@ class RolloutStage(FineTuningStage):
             raise UserError("algorithm.ref_update_every: with adapters (lora) the reference is their base")
         check_answers(self.start, stages, self.sampling, self.max_prompt)
 
+    def _check_overlap(self) -> None:
+        algorithm = self.algorithm
+        if self.rollout_devices < 0:
+            raise UserError(f"rollout_devices must be zero or more, got {self.rollout_devices}")
+        if self.overlap == "none":
+            return
+        if algorithm.resample_rounds:
+            raise UserError(
+                "overlap 'one_step' draws answers before the last ones are scored, and algorithm.resample_rounds waits "
+                "for scores to draw more: use one of them"
+            )
+        # Pairs may come from any policy (online DPO), and the reference's answers are never out of date.
+        corrected = algorithm.importance_cap or isinstance(algorithm, OnlineDPOConfig)
+        if algorithm.sample_from == "policy" and not corrected:
+            raise UserError(
+                "overlap 'one_step' learns from answers of the policy before the last update, which truncated "
+                "importance sampling corrects: set algorithm.importance_cap (2 is usual)"
+            )
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        self._meshes(mesh)
+
+    def _meshes(self, config: MeshConfig) -> tuple[Mesh, Mesh | None]:
+        """(the mesh that trains, the one that only samples or None)"""
+        n, devices = self.rollout_devices, jax.devices()
+        if not n:
+            mesh = make_mesh(config)
+            check_batch(mesh, self.loop.batch_size, "loop.batch_size")
+            return mesh, None
+        if jax.process_count() > 1:
+            raise UserError("rollout_devices is only possible with one process; leave it 0")
+        if n >= len(devices):
+            raise UserError(f"rollout_devices {n} leaves none of the {len(devices)} devices to train on")
+        try:
+            mesh = make_mesh(config, devices[:-n])
+            check_batch(mesh, self.loop.batch_size, "loop.batch_size")
+        except UserError as e:
+            raise UserError(f"rollout_devices {n} leaves {len(devices) - n} devices to train on: {e}") from e
+        try:
+            # Weights are whole while sampling, but for `tensor`.
+            sampling = make_mesh(MeshConfig(tensor=mesh.shape["tensor"]), devices[-n:])
+            check_batch(sampling, self.loop.batch_size, "loop.batch_size")
+        except UserError as e:
+            raise UserError(f"rollout_devices {n}: {e}") from e
+        return mesh, sampling
+
     def plan(self, ctx):
         config = start_config(ctx.stages, self.start)
         prompt = self.max_prompt or config.context - self.sampling.max_new_tokens
@@ -141,7 +203,7 @@ class RolloutStage(FineTuningStage):
         return with_references(plan, self, config)
 
     def run(self, ctx: StageContext) -> dict:
-        mesh = make_mesh(ctx.mesh)
+        mesh, sampling_mesh = self._meshes(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
             policy = load_model(ctx.parents[self.start], mesh)
@@ -178,7 +240,7 @@ class RolloutStage(FineTuningStage):
                 ctx, mesh, self.loop, self.algorithm, learner.algorithm, learner.start, learner.axes, sampler,
                 rows, ids, reward, watch, jax.random.fold_in(key, 3), learner.text, evaluate,
                 (shown, *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
-                monitor, self.curriculum,
+                monitor, self.curriculum, self.overlap, sampling_mesh,
             )  # fmt: skip
             save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
         return {"kl_coef": float(state.extra["kl_coef"])} | monitor.results()

@@ -29,6 +29,7 @@ from jrlhf.config import (
     StageContext,
     UserError,
     did_you_mean,
+    no_fingerprint,
     stage_ref,
 )
 from jrlhf.data.labelers import of_labelers, raters_of
@@ -39,6 +40,7 @@ from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import Loaded, begin, load_model, save_trained
 from jrlhf.training.data import (
+    PackedFeed,
     bootstrap_weights,
     check_plain,
     group_weights,
@@ -59,7 +61,9 @@ from jrlhf.training.stages.common import (
     TooLongPrompt,
     check_length,
     check_microbatches,
+    check_packing,
     labelled,
+    start_config,
 )
 from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
 from jrlhf.types import Array, PreferenceBatch
@@ -90,11 +94,15 @@ class RewardModel(FineTuningStage):
     eval_fraction: float = 0.1  # of the prompts (all their rows) are kept for evaluation
     max_length: int = 0  # tokens of prompt and answer; 0: the model's context
     too_long: TooLongPrompt = "error"
+    # a prompt goes through the model once for all its answers, and several share a row of tokens
+    packing: bool = no_fingerprint(True)
 
     def validate(self, stages):
         check_one_of(self)
         check_microbatches(self)
         self.check_adapters(stages)
+        if not self.needs_download(stages):
+            check_packing(self.packing, start_config(stages, self.start), self.max_length)
         if not 0 < self.eval_fraction < 1:
             raise UserError(f"eval_fraction must be between 0 and 1, got {self.eval_fraction}")
         if self.member < 0:
@@ -142,6 +150,7 @@ class RewardModel(FineTuningStage):
 
             beginning = begin(loaded, "scalar", self.lora, jax.random.fold_in(key, 1), len(names))
             model, start, frozen = beginning
+            check_packing(self.packing, model.config, self.max_length)
             whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
             steps = self.loop.total_steps(rows_of(arrays))
             optimizer = build_optimizer(self.optim, steps)
@@ -149,17 +158,20 @@ class RewardModel(FineTuningStage):
             algorithm = make_reward_model(config, model, optimizer, tie_share(arrays), raters, rows_each)
 
             def evaluate(state, step):
-                scores = all_scores(model, whole(state), held, mesh)
+                scores = all_scores(model, whole(state), held, mesh, self.packing)
                 return reward_accuracy(scores @ weights, held.ranks, held.certainty)
 
+            batches: Any = arrays
+            if self.packing:
+                batches = PackedFeed(arrays, self.loop.batch_size, ctx.seed, mesh, steps, config.microbatches)
             state = train_offline(
-                ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), arrays,
+                ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), batches,
                 evaluate,
                 ("rm/loss", "rm/acc"),
             )  # fmt: skip
             params = whole(state)
-            scores = all_scores(model, params, held, mesh)
-            scores_of_training = all_scores(model, params, arrays, mesh)
+            scores = all_scores(model, params, held, mesh, self.packing)
+            scores_of_training = all_scores(model, params, arrays, mesh, self.packing)
             of_training = scores_of_training[arrays.ranks > 0]
             mean, std = moments(of_training @ weights)
             moments_of_each = [moments(of_training[:, h]) for h in range(len(names))]
@@ -279,10 +291,10 @@ def score_range(scores: np.ndarray) -> list[float]:
     return np.quantile(scores, (0.01, 0.99)).tolist()
 
 
-def all_scores(model: Model, params, arrays: PreferenceBatch, mesh: Mesh) -> np.ndarray:
+def all_scores(model: Model, params, arrays: PreferenceBatch, mesh: Mesh, packing: bool) -> np.ndarray:
     """[N, K, n] float64 of every head."""
     f = partial(jitted_scores, model, params)
-    return in_chunks(f, arrays, chunk_rows(rows_of(arrays), mesh), mesh).astype(np.float64)
+    return in_chunks(f, arrays, chunk_rows(rows_of(arrays), mesh), mesh, packing).astype(np.float64)
 
 
 jitted_scores = jax.jit(preference_scores, static_argnums=0)

@@ -14,6 +14,7 @@ from jrlhf.config import Source, StageContext, UserError, to_dict
 from jrlhf.data.schema import check_row
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.transformer import Model
 from jrlhf.training.data import rows_of
 from jrlhf.training.loop import LoopConfig
 from jrlhf.types import Plan
@@ -110,6 +111,19 @@ def packed_rows(held_out: int, pack: Callable[[], Any]) -> Count:
     return Count(max(rows_of(pack()) - held_out, 0))
 
 
+def kept_per_token(config: ModelConfig) -> int:
+    """Numbers that a forward pass leaves on the device for the backward pass, about."""
+    if config.remat == "none":
+        return 16 * config.d_model * config.n_layers
+    heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_size
+    of_layer = 2 * config.d_model
+    if config.remat in ("dots", "attention", "attention_mlp"):
+        of_layer += heads
+    if config.remat in ("dots", "mlp", "attention_mlp"):
+        of_layer += 3 * config.d_ff
+    return of_layer * config.n_layers
+
+
 def training_plan(
     config: ModelConfig,
     loop: LoopConfig,
@@ -127,9 +141,9 @@ def training_plan(
     shown = rows if read is None else read
     steps = Count(loop.steps) if loop.steps else Count(loop.total_steps(rows.n) if rows.n else 0, rows.exact)
     tokens_step = loop.batch_size * per_row * length.n
-    kept = config.d_model * (2 if config.remat == "full" else 16) * config.n_layers
-    logits = 3 * config.vocab_size * min(1.0, (config.logits_chunk or length.n) / length.n)
-    activations = int(4 * tokens_step * (kept + logits))
+    sequences = loop.batch_size * per_row
+    logits = 3 * config.vocab_size * sequences * Model(config).logits_chunk(sequences, length.n)
+    activations = 4 * (tokens_step * kept_per_token(config) + logits)
     plan = Plan(
         config.n_params,
         memory_bytes=frozen_bytes(config, lora) + trained_bytes(config, lora) + activations,
