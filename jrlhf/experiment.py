@@ -430,6 +430,7 @@ def run(
     todo = tasks(experiment, runs_dir)  # checks the graph
     forced = _forced(experiment, force)
     _check_mesh(experiment, todo, forced)
+    keep_compiled(runs_dir)
     folder = run_folder(experiment, runs_dir)
     env = environment()
     results: dict[str, dict[str, Any]] = {}
@@ -453,6 +454,19 @@ def run(
                 write_json(folder / "results.json", results)
     _say(console, f"{experiment.name}: all stages finished, results in {folder}")
     return folder
+
+
+def keep_compiled(runs_dir: Path) -> None:
+    """Compiled programs are kept in `<runs_dir>/.jax_cache`, unless jax has been told where. All of them are, for a
+    stage has many small ones, unless the environment says how long compiling must have taken."""
+    import jax
+
+    config = jax.config
+    if config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _check_mesh(experiment: Experiment, todo: list[Task], forced: set[str]) -> None:

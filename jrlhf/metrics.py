@@ -98,6 +98,9 @@ NAMES: dict[str, Name] = {
     "rollout/competence": Name(
         "fraction", "prompts, the easiest first, that may be asked by now (curriculum)"
     ),
+    "rollout/staleness": Name(
+        "iterations", "updates of the policy since it drew this batch (overlap): 0 or 1"
+    ),
     "rollout/accepted": Name("fraction", "answers that are learned from (expert iteration)"),
     "mismatch/kl": Name("nats", "KL(sampler || trainer) per token, on the sampled tokens"),
     "mismatch/logp_diff_max": Name("nats", "largest |sampler - trainer| log-probability of a token"),
@@ -146,6 +149,7 @@ NAMES: dict[str, Name] = {
     "perf/tokens_per_s_train": Name("tokens/s", "tokens trained on per second, all devices"),
     "perf/hbm_peak": Name("bytes", "most device memory in use so far, of the fullest local device"),
     "perf/compile_count": Name("", "compilations since the run began; constant after warm-up"),
+    "perf/compile_s": Name("s", "spent compiling, or reading what was compiled before, since the run began"),
     "perf/pad_frac": Name("fraction", "positions of the batch that are padding"),
     "time/<phase>": Name("s", "wall-clock seconds of a step, or of one phase of it (rollout)"),
 }

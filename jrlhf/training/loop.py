@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import STOP, Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
-from jrlhf.sharding import fetch, leads, path_names, state_shardings
+from jrlhf.sharding import fetch, leads, moved, on_host, path_names, state_shardings
 from jrlhf.training.monitors import Monitor, Snapshots
 from jrlhf.types import TrainState
 
@@ -33,6 +33,8 @@ class LoopConfig:
     batch_size: int = 128  # rows of a step, over all devices and hosts
     eval_every: int = 0  # steps between evaluations; 0: only after the last
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss: stop, or leave out that update
+    # The optimiser's state lies in the host's memory between steps; each moves it whole, there and back
+    offload_optimizer: bool = no_fingerprint(False)
     checkpoint_every: int = no_fingerprint(100)  # steps between checkpoints; 0: only when asked to stop
     keep_last: int = no_fingerprint(2)
     keep_best: str = no_fingerprint("")  # a metric: the checkpoint at which it was best is kept as well
@@ -67,7 +69,7 @@ def stage_key(ctx: StageContext) -> jax.Array:
 
 
 def sharded_state(
-    mesh: Mesh, axes: dict, init: Callable[..., TrainState], *args: Any
+    mesh: Mesh, axes: dict, init: Callable[..., TrainState], *args: Any, offload_optimizer: bool = False
 ) -> tuple[Any, Callable, Any]:
     """(template, make, frozen): the state's shapes with shardings, a function that computes it in place, and the
     parameters that are never trained (`ref_params`), which the loop keeps beside the state.
@@ -75,11 +77,16 @@ def sharded_state(
     `args` (parameters to start from, keys) are passed to the jitted `init`. The state's arrays are copies: a train step
     donates its state, and the parameters it started from may be in use as the reference. The frozen ones are `args`'
     own arrays: not copied, not donated, not saved with each checkpoint.
+
+    offload_optimizer: `opt_state` is kept in the host's memory (UserError where the devices reach none).
     """
     frozen = _given(lambda *args: init(*args).ref_params, *args)
     trained = lambda *args: init(*args)._replace(ref_params=None)  # noqa: E731
     abstract = jax.eval_shape(trained, *args)
     shardings = state_shardings(mesh, abstract, axes)
+    if offload_optimizer:
+        kept = on_host(mesh, shardings.opt_state, "loop.offload_optimizer")
+        shardings = shardings._replace(opt_state=kept)
     template = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), abstract, shardings
     )
@@ -117,10 +124,7 @@ def guarded(train_step: Callable, config: LoopConfig) -> Callable:
         new, metrics = train_step(state._replace(ref_params=frozen), batch)
         return new._replace(ref_params=None), metrics
 
-    if config.on_nonfinite == "stop":
-        return plain
-
-    def step(state: TrainState, frozen: Any, batch):
+    def skipping(state: TrainState, frozen: Any, batch):
         new, metrics = plain(state, frozen, batch)
         ok = is_finite(metrics)
         keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(ok, x, y), a, b)  # noqa: E731
@@ -131,7 +135,16 @@ def guarded(train_step: Callable, config: LoopConfig) -> Callable:
         )
         return kept, metrics | {"train/skipped": 1.0 - ok.astype(jnp.float32)}
 
-    return step
+    step = plain if config.on_nonfinite == "stop" else skipping
+    if not config.offload_optimizer:
+        return step
+
+    def fetching(state: TrainState, frozen: Any, batch):
+        state = state._replace(opt_state=moved(state.opt_state, jax.memory.Space.Device))
+        new, metrics = step(state, frozen, batch)
+        return new._replace(opt_state=moved(new.opt_state, jax.memory.Space.Host)), metrics
+
+    return fetching
 
 
 def train(
@@ -254,7 +267,11 @@ def train(
 
 def performance(metrics: dict, seconds: float) -> dict:
     """Of one step: its time, tokens per second, compilations so far, and device memory where the backend tells."""
-    found = {"time/step": seconds, "perf/compile_count": COMPILATIONS.count}
+    found = {
+        "time/step": seconds,
+        "perf/compile_count": COMPILATIONS.count,
+        "perf/compile_s": COMPILATIONS.seconds,
+    }
     if "train/tokens" in metrics:
         found["perf/tokens_per_s_train"] = metrics["train/tokens"] / seconds
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
@@ -264,14 +281,19 @@ def performance(metrics: dict, seconds: float) -> dict:
 
 
 class _Compilations:
-    """How often this process has compiled something; it must stand still after warm-up."""
+    """How often this process has compiled something, and for how long; both must stand still after warm-up.
+
+    A program that is found in the cache on disk counts too, with the time that it takes to read it.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.seconds = 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.count += event.endswith("backend_compile_duration")
+        if event.endswith("backend_compile_duration"):
+            self.count += 1
+            self.seconds += duration_secs
 
 
 COMPILATIONS = _Compilations()

@@ -4,24 +4,37 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches, EasyFirst
 from jrlhf.data.curation import Curriculum
+from jrlhf.models.transformer import Model
 from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
-from jrlhf.sharding import check_batch, fetch, put_batch
+from jrlhf.sharding import batch_sharding, check_batch, fetch, put_batch, replicated, state_shardings
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
 from jrlhf.training.monitors import Monitor
 from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate, score_metrics
-from jrlhf.types import Algorithm, Array, Rollout, Scores, TrainState
+from jrlhf.types import Algorithm, Array, Params, Rollout, Scores, TrainState
+
+# "one_step": the answers of an iteration are drawn by the policy before the update of the iteration before.
+Overlap = Literal["none", "one_step"]
+AHEAD = "ahead"  # in `TrainState.extra` between two iterations: answers drawn for the next one
+
+
+class Drawn(NamedTuple):
+    """Answers on the devices that sampled them, not yet scored."""
+
+    samples: Rollout
+    greedy: Rollout | None  # greedy answers to the same prompts, where these are the baseline
 
 
 class Scored(NamedTuple):
@@ -51,18 +64,26 @@ def train_online(
     show: tuple[str, ...] = ("reward/score/mean", "kl/ref_k1"),
     monitor: Monitor | None = None,
     curriculum: Curriculum | None = None,
+    overlap: Overlap = "none",
+    sampling_mesh: Mesh | None = None,
 ) -> TrainState:
     """One iteration: `batch_size` responses (`group_size` to each prompt), their rewards, and the algorithm's update.
 
     watch: rewards that are only logged (a held-out reward model, the gold reward of a laboratory). ptx: arrays of
     pretraining text, of which each iteration takes one row per response. monitor: may end training early.
-    curriculum: which prompts come when.
+    curriculum: which prompts come when. sampling_mesh: of devices that only sample, none of which is in `mesh`.
 
     Everything drawn depends on (key, number of the round) alone; without resampling an iteration is one round. With
     it, the number of rounds so far is saved with each checkpoint.
+
+    Nothing here waits for the devices but a program that reads text. With `overlap` it reads the answers of iteration
+    n while the devices run the update before and draw the answers of n + 1, by the policy that n has not updated yet.
+    Those are a part of the state between iterations, so that checkpoints hold them.
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
-    template, make_state, frozen = sharded_state(mesh, axes, algorithm.init, *start)
+    template, make_state, frozen = sharded_state(
+        mesh, axes, algorithm.init, *start, offload_optimizer=loop.offload_optimizer
+    )
     if algorithm.make_batch is None:
         raise ValueError("this algorithm learns from a dataset: it has no make_batch")
     make_batch = jax.jit(algorithm.make_batch)
@@ -73,45 +94,65 @@ def train_online(
         batches = EasyFirst(curriculum.difficulty(rows), asked, ctx.seed, curriculum.share)
     text_feed = BatchFeed(ptx, loop.batch_size, ctx.seed, mesh) if ptx is not None else None
     need_text = reward.needs_text or any(w.needs_text for w in watch)
-    greedy = (
-        replace(sampler, config=replace(sampler.config, temperature=0.0)) if config.greedy_baseline else None
-    )
+    from_policy = config.sample_from == "policy"
+    sampler = sampler if from_policy else replace(sampler, model=sampler.model.base)
+    draw_on = Drawing(sampler, mesh, sampling_mesh, axes)
     shaped = jax.jit(partial(shaped_totals, config))
     rounds = 0  # of sampling so far
+    if overlap == "one_step":
+        shapes = shapes_ahead(loop, config, sampler, draw_on.sharding)
+        template = template._replace(extra=template.extra | {AHEAD: shapes})
 
-    def answers(state: TrainState, number: int, sampler: Sampler, dispatched: Callable[[], None]) -> Scored:
-        """Of one round: a batch of prompts, their answers by the current policy, and the rewards."""
-        of_round = batches.indices(number)
-        index = [i for i in of_round for _ in range(config.group_size)]
-        if config.sample_from == "reference":
-            model, params = sampler.model.base, reference_params(state._replace(ref_params=frozen))
+    def draw(state: TrainState, number: int) -> Drawn:
+        """Of one round: answers to a batch of prompts by the policy as it is in `state`."""
+        if from_policy:
+            params = draw_on.whole(state.params["policy"], frozen)
         else:
-            model, params = sampler.model, sampler.model.whole(state.params["policy"], frozen)
-        sampler = replace(sampler, model=model)
-        draw = jax.random.fold_in(key, number)
-        samples = sampler.draw(params, [ids[i] for i in of_round], draw, config.group_size)
-        dispatched()
-        # A program reads the text on the host, a reward model stays on the devices.
-        texts = read_texts(samples, [rows[i] for i in index], sampler.tokenizer) if need_text else None
+            params = draw_on.sent(reference_params(state._replace(ref_params=frozen)))
+        prompts = [ids[i] for i in batches.indices(number)]
+        drawn = partial(draw_on, params, prompts, jax.random.fold_in(key, number), config.group_size)
+        return Drawn(drawn(), drawn(greedy=True) if config.greedy_baseline else None)
+
+    def scored(drawn: Rollout, number: int) -> Scored:
+        index = [i for i in batches.indices(number) for _ in range(config.group_size)]
+        samples = draw_on.back(drawn)
+        # A program reads the text on the host, a reward model stays on the devices. (Text is read where it was drawn:
+        # what comes back does so after the update that is under way.)
+        texts = read_texts(drawn, [rows[i] for i in index], sampler.tokenizer) if need_text else None
         return Scored(samples, reward.score(samples, texts), texts)
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         nonlocal rounds
+        extra: dict[str, Any] = {}
         began = 0.0
 
         def dispatched() -> None:
-            # The rollout follows the update of the step before; from here on the time is its own.
+            # The rollout follows the update of the step before; where the host waits for it, from here on the time is
+            # this step's own. (With overlap it waits for what was drawn before that update.)
             nonlocal began
-            finish()
+            if need_text and overlap == "none":
+                finish()
             began = began or time.perf_counter()
 
-        # 1. Prompts, responses to each by the current policy, and their rewards.
+        # 1. Prompts, responses to each by the current policy (or, with overlap, the one before), and their rewards.
+        state, ahead = without_ahead(state)
+        used, greedy = 1, None
         if config.resample_rounds:
-            draw = lambda number: answers(state, number, sampler, dispatched)  # noqa: E731
-            scored, used, extra = resampled(draw, rounds, config, loop.batch_size, mesh)
+
+            def of_round(number: int) -> Scored:
+                drawn = draw(state, number)
+                dispatched()
+                return scored(drawn.samples, number)
+
+            (samples, scores, texts), used, extra = resampled(of_round, rounds, config, loop.batch_size, mesh)
         else:
-            scored, used, extra = answers(state, rounds, sampler, dispatched), 1, {}
-        samples, scores, texts = scored
+            drawn = ahead or draw(state, rounds)
+            if overlap == "one_step":
+                extra["rollout/staleness"] = float(ahead is not None and from_policy)
+                ahead = draw(state, rounds + 1) if n + 1 < loop.steps else None
+            dispatched()
+            samples, scores, texts = scored(drawn.samples, rounds)
+            greedy = drawn.greedy
         rolled = time.perf_counter()
         extra |= score_metrics(reward.name, scores) | watched(samples, texts, scores.total, watch)
         if curriculum is not None:
@@ -121,7 +162,7 @@ def train_online(
         # 2. What else the algorithm wants.
         more = (text_feed(n),) if text_feed is not None else ()
         if greedy is not None:
-            baseline = answers(state, rounds, greedy, dispatched)
+            baseline = scored(greedy, rounds)
             extra["reward/greedy/mean"] = jnp.mean(baseline.scores.total)
             more = (shaped(baseline.samples, baseline.scores),)
         rounds += used
@@ -129,10 +170,12 @@ def train_online(
         earned = {} if scores.tokens is None else {"token_rewards": scores.tokens}
         batch = make_batch(state._replace(ref_params=frozen), samples, scores.values, *more, **earned)
         state, metrics = step(state, frozen, batch)
-        if texts is not None:  # the host has waited for the rollout, so that its time is known
+        if texts is not None and overlap == "none":  # the host waited for it, so that its time is known
             extra["time/rollout"] = rolled - began
             sampled = sum(map(len, texts.ids)) * used  # about: the rounds' answers are alike in length
             extra["perf/tokens_per_s_rollout"] = sampled / (rolled - began)
+        if ahead is not None:
+            state = state._replace(extra=state.extra | {AHEAD: ahead})
         return state, metrics | extra, batch
 
     def resume(position: dict) -> None:
@@ -140,13 +183,103 @@ def train_online(
         rounds = position.get("rounds", position["step"])  # without resampling a step is a round
 
     try:
-        return train(
+        state = train(
             ctx, loop, loop.steps, template, make_state, do_step, evaluate, show,
             lambda n: {"step": n, "rounds": rounds}, resume, monitor,
         )  # fmt: skip
     finally:
         if text_feed is not None:
             text_feed.close()
+    return without_ahead(state)[0]
+
+
+def without_ahead(state: TrainState) -> tuple[TrainState, Drawn | None]:
+    """The algorithm's own state, and what was drawn for the next iteration."""
+    extra = dict(state.extra)
+    ahead = extra.pop(AHEAD, None)
+    return state._replace(extra=extra), ahead
+
+
+def shapes_ahead(
+    loop: LoopConfig, config: OnPolicyConfig, sampler: Sampler, sharding: NamedSharding
+) -> Drawn:
+    """Of what a checkpoint holds of the next iteration: shapes with shardings."""
+    rows, slots, of_prompt = loop.batch_size, sampler.config.max_new_tokens, sampler.prompt_length
+
+    def shape(dtype: Any, *size: int) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=sharding)
+
+    answers = Rollout(
+        tokens=shape(jnp.int32, rows, of_prompt + slots),
+        mask=shape(jnp.bool_, rows, of_prompt + slots),
+        response_mask=shape(jnp.bool_, rows, slots),
+        logprobs=shape(jnp.float32, rows, slots),
+        ended=shape(jnp.bool_, rows),
+    )
+    return Drawn(answers, answers if config.greedy_baseline else None)
+
+
+class Drawing:
+    """Draws answers where they are to be drawn: on the trainer's own mesh, or on another one of the same process, to
+    which parameters are sent and from which answers come back.
+
+    Nothing waits. Between two meshes arrays are copied from device to device, for which each device must hold the part
+    that another one wants: parameters are gathered first (but for `tensor`, as the sampler wants them anyhow). Answers
+    stay where they were drawn until they are asked back: the trainer's programs run in the order in which they were
+    dispatched, so that an update behind their return would wait for them.
+    """
+
+    def __init__(self, sampler: Sampler, mesh: Mesh, sampling_mesh: Mesh | None, axes: dict):
+        self._mesh, self._to, self._axes = mesh, sampling_mesh, axes
+        self._model, self._sampler = sampler.model, replace(sampler, mesh=sampling_mesh or mesh)
+        self._greedy = replace(self._sampler, config=replace(sampler.config, temperature=0.0))
+        self._send: Callable[[Params], Params] | None = None
+        self._base: Params | None = None  # beside adapters: it never changes, and is sent once
+        # Of answers, as they are drawn and as a checkpoint restores them: a resumed run then does the same sums.
+        self.sharding = batch_sharding(mesh) if sampling_mesh is None else replicated(sampling_mesh)
+        self._place = jax.jit(lambda x: x, out_shardings=self.sharding)
+        self._split = jax.jit(lambda x: x, out_shardings=batch_sharding(mesh))
+
+    def whole(self, trained: Params, frozen: Params | None) -> Params:
+        """Parameters of the policy, where it samples."""
+        if self._to is not None and self._model.config.lora.rank:
+            self._base = self._base or self._sender(self._to, frozen)(frozen)
+            frozen = self._base
+        return self._model.whole(self.sent(trained), frozen)
+
+    def sent(self, params: Params) -> Params:
+        if self._to is None:
+            return params
+        self._send = self._send or self._sender(self._to, params)
+        return self._send(params)
+
+    def _sender(self, to: Mesh, like: Params) -> Callable[[Params], Params]:
+        there = state_shardings(to, like, self._axes)
+        whole = lambda s: NamedSharding(self._mesh, P(*[None if a == "fsdp" else a for a in s.spec]))  # noqa: E731
+        gather = jax.jit(partial(in_decode_dtype, self._model), out_shardings=jax.tree.map(whole, there))
+        return lambda params: jax.device_put(gather(params), there)
+
+    def __call__(
+        self, params: Params, prompts: list[list[int]], key: jax.Array, group: int, greedy: bool = False
+    ) -> Rollout:
+        sampler = self._greedy if greedy else self._sampler
+        if self._to is None:
+            return self._place(sampler.draw(params, prompts, key, group))
+        with jax.set_mesh(self._to):
+            return self._place(sampler.draw(params, prompts, jax.device_put(key, self.sharding), group))
+
+    def back(self, drawn: Rollout) -> Rollout:
+        """On the trainer's mesh, split over the batch."""
+        if self._to is None:
+            return drawn
+        return self._split(jax.device_put(drawn, replicated(self._mesh)))
+
+
+def in_decode_dtype(model: Model, params: Params) -> Params:
+    """With layers in the dtype that decoding rounds them to: there is less to send."""
+    like = jax.eval_shape(model.decode_params, params)["layers"][0]
+    layers = jax.tree.map(lambda x, y: x.astype(y.dtype), params["layers"], like)
+    return params | {"layers": layers}
 
 
 def resampled(
