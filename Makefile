@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint install bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/jrlhf run experiments/larder/ppo_vs_dpo.py
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Beside TRL and Tunix, an hour: docs/performance.md. For example: make bench BENCH='--only sft --rounds 3'
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/peers.py run $(BENCH)
 
 install: $(VENV)/.installed
 

@@ -249,6 +249,8 @@ MISTAKES = [
     ("generate toy.py --prompt x --temperature -1", None, "--temperature: must be at least 0, got -1.0"),
     ("generate toy.py --prompt x --top-p 0", None, "--top-p: must be in (0, 1], got 0.0"),
     ("generate toy.py --prompt x --n 0", None, "--n: must be at least 1, got 0"),
+    ("generate toy.py --prompt x --n 2 --stream", None, "--stream: shows one answer to a prompt as it is written"),
+    ("chat toy.py --stop", None, "argument --stop: expected one argument"),
     ("chat toy.py --max-new-tokens 0", None, "--max-new-tokens: must be at least 1, got 0"),
     ("export toy.py .", None, ".: exists and is not empty; name a new folder"),
     ("list --runsdir x", None, "unrecognized arguments: --runsdir x"),
@@ -415,7 +417,7 @@ def test_generate_chat_export_find_the_model(file, call, serve):
         (folder / "model/model.json").touch()
     index = json.loads((run / "stages.json").read_text())
     assert call("generate toy:sft:1 --prompt a --prompt b --n 2 --top-k 5 --temperature 0")[0] == 0
-    assert call("chat toy:ppo --seed 3")[0] == 0
+    assert call("chat toy:ppo --seed 3 --stop Human: --stop x")[0] == 0
     assert call("chat toy")[0] == 0
     assert call("export data.txt out")[0] == 0
     told = "out: an adapter beside org/base\n"
@@ -429,7 +431,8 @@ def test_generate_chat_export_find_the_model(file, call, serve):
         "n": 2, "top_k": 5, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": None, "seed": 0,
     }  # fmt: skip
     assert chatted == Path("runs") / index["ppo"]["0"]
-    assert options["seed"] == 3
+    assert (options["seed"], options["stop"]) == (3, ("Human:", "x"))
+    assert (sampling["stop"], sampling["stream"]) == ((), False)
     assert whole == run
     assert exported == ("export", (Path("data.txt"), Path("out")), {})
     assert adapter == ("export_adapter", (chatted, Path("out")), {})
