@@ -474,8 +474,8 @@ def keep_compiled(runs_dir: Path) -> None:
 def keep_memory() -> None:
     """Under glibc, and on a CPU, the process keeps the memory that it frees.
 
-    XLA asks for room for all temporaries anew at every call of a program. By default glibc gets that from the system and
-    hands it back each time, and touching so many new pages takes up to a fifth of a train step.
+    XLA asks for room for all temporaries anew at every call of a program. By default glibc gets that from the system
+    and hands it back each time, and touching so many new pages takes up to a fifth of a train step.
     """
     import jax
 

@@ -28,6 +28,7 @@ from jrlhf.ops.on_policy import (
     reference_params,
     run_updates,
     score_rollout,
+    update_lengths,
 )
 from jrlhf.ops.preference_losses import LINKS, link_loss
 from jrlhf.optim import Optimizer
@@ -39,8 +40,6 @@ class OnlineDPOConfig(OnPolicyConfig):
     """The KL, penalties on scores, epochs and means are options of `OnPolicyConfig` (jrlhf/ops/on_policy.py)."""
 
     grouped: ClassVar[bool] = True
-    shares_prompts: ClassVar[bool] = False
-
     implicit_kl: ClassVar[bool] = True
 
     group_size: int = 2
@@ -87,13 +86,15 @@ def make_online_dpo(
 
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen = reference_params(state)
+        lengths = update_lengths(config, batch)
 
         def update(learned, rows: PolicyBatch):
             params, opt_state = learned
             pairs = jnp.maximum(jnp.sum(rows.kept[:, 0], dtype=jnp.float32), 1.0)
             tokens = jnp.maximum(jnp.sum(rows.response_mask & rows.kept[..., None], dtype=jnp.float32), 1.0)
 
-            def loss(params, rows: PolicyBatch):
+            def loss(params, piece):
+                rows, _ = piece
                 answers = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)  # [2M, ...]
                 start = answers.tokens.shape[1] - answers.response_mask.shape[1]
                 logprobs, *_ = policy.forward(
@@ -118,7 +119,9 @@ def make_online_dpo(
                 }
                 return value, (sums, {})
 
-            sums, maxima, grads = value_and_grad_rows(loss, params, rows, config.microbatches)
+            sums, maxima, grads = value_and_grad_rows(
+                loss, params, (rows, None), config.microbatches, lengths
+            )
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 

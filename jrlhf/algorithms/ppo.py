@@ -18,7 +18,7 @@ from jrlhf.models.transformer import Model, scalar_head
 from jrlhf.ops.advantages import gae
 from jrlhf.ops.losses import value_loss
 from jrlhf.ops.masking import masked_mean, masked_var, masked_whiten
-from jrlhf.ops.microbatch import value_and_grad_rows
+from jrlhf.ops.microbatch import flat, in_groups, value_and_grad_rows
 from jrlhf.ops.on_policy import (
     OnPolicyConfig,
     Policy,
@@ -27,10 +27,12 @@ from jrlhf.ops.on_policy import (
     initial_extra,
     next_extra,
     policy_objective,
+    reference_of,
     reference_params,
     run_updates,
     score_rollout,
     shares_of,
+    update_lengths,
 )
 from jrlhf.ops.policy_losses import clipped_loss
 from jrlhf.optim import Optimizer
@@ -42,7 +44,6 @@ class PPOConfig(OnPolicyConfig):
     """Defaults are those of Huang et al. 2023 where the papers agree."""
 
     token_rewards: ClassVar[bool] = True
-    shares_prompts: ClassVar[bool] = False
 
     beta: float = 0.05
     missing_eos_penalty: float = 1.0
@@ -73,13 +74,14 @@ class PPOConfig(OnPolicyConfig):
 class ActorCritic(NamedTuple):
     """What PPO asks of models. tokens, mask [B, P + R]; `start` = P; results [B, R] for the R response tokens."""
 
-    # (params and "reference", tokens, mask, start, temperature) -> (logprobs, entropy, values)
+    # (params and "reference", tokens, mask, start, temperature, group=1) -> (logprobs, entropy, values)
     forward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-    # (ref_params, tokens, mask, start, temperature) -> logprobs
+    # (ref_params, tokens, mask, start, temperature, group=1) -> logprobs
     reference: Callable[..., jax.Array]
     # (params, SequenceBatch, denominator) -> next-token loss; for the pretraining mix
     language_loss: Callable[..., jax.Array] | None = None
-    # (params and "reference", tokens, mask, start, temperature) -> full-vocabulary KL to the reference; for kl "full"
+    # (params and "reference", tokens, mask, start, temperature, group=1) -> full-vocabulary KL to the reference; for
+    # kl "full"
     divergence: Callable[..., jax.Array] | None = None
 
 
@@ -89,21 +91,25 @@ def actor_critic(model: Model, critic: Model | None, language_loss: Callable | N
 
     With adapters, policy and critic are adapters beside params["reference"], and the reference is that base alone."""
 
-    def forward(params, tokens, mask, start, temperature):
+    def forward(params, tokens, mask, start, temperature, group=1):
         policy = model.whole(params["policy"], params["reference"])
-        hidden = model.hidden(policy, tokens, mask)[:, start - 1 : -1]
+        if group > 1:
+            hidden = model.predicting(policy, tokens, mask, start, group=group)
+        else:
+            hidden = model.hidden(policy, tokens, mask)[:, start - 1 : -1]
         logprobs, entropy = model.logprobs_of_hidden(policy, hidden, tokens[:, start:], temperature)
         if critic is None:
             values = scalar_head(params["critic"]["score"], hidden)
         else:
             whole = critic.whole(params["critic"], params["reference"])
-            values = critic.scores(whole, tokens, mask)[:, start - 1 : -1]
+            if group > 1:
+                hidden = critic.predicting(whole, tokens, mask, start, group=group)
+                values = scalar_head(whole["score"], hidden)
+            else:
+                values = critic.scores(whole, tokens, mask)[:, start - 1 : -1]
         return logprobs, entropy, values
 
-    def reference(ref_params, tokens, mask, start, temperature):
-        return model.base.logprobs(ref_params, tokens, mask, start, temperature)[0]
-
-    return ActorCritic(forward, reference, language_loss, divergence_of(model))
+    return ActorCritic(forward, reference_of(model), language_loss, divergence_of(model))
 
 
 class Critique(NamedTuple):
@@ -125,7 +131,7 @@ def make_ppo(
     language_loss = models.language_loss if config.ptx_coef else None
     if config.ptx_coef and language_loss is None:
         raise UserError("ptx_coef needs a language_loss and pretraining text")
-    policy = Policy(models.forward, models.reference, models.divergence)
+    policy, group = Policy(models.forward, models.reference, models.divergence), config.shared_group
     surrogate = partial(clipped_loss, clip=config.clip)
 
     def init(policy_params, critic_params, ref_params, key) -> TrainState:
@@ -166,9 +172,10 @@ def make_ppo(
         extra = Critique(values, returns, ptx)
         return batch._replace(advantages=advantages, extra=extra, metrics=batch.metrics | metrics)
 
-    def update(learned, rows: PolicyBatch, frozen, kl_coef, warm):
+    def update(learned, groups: PolicyBatch, lengths, frozen, kl_coef, warm):
         """One optimiser step on one minibatch. Until the critic is `warm` the policy stays as it is."""
         params, opt_state = learned
+        rows = flat(groups)
         shares = shares_of(config.normalise, rows.response_mask, rows.kept)
         mask = rows.response_mask & rows.kept[:, None]
         tokens = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -177,14 +184,16 @@ def make_ppo(
             ptx_tokens = jnp.maximum(jnp.sum(rows.extra.ptx.loss_mask[:, 1:], dtype=jnp.float32), 1.0)
 
         def loss(params, piece):
-            rows, shares = piece
+            rows, shares = flat(piece)
+            whole = params | {"reference": frozen}
             value, sums, maxima, values = policy_objective(
-                config, surrogate, policy, params | {"reference": frozen}, rows, shares, kl_coef, temperature
+                config, surrogate, policy.of_groups(group), whole, rows, shares, kl_coef, temperature
             )
             mask = rows.response_mask & rows.kept[:, None]
+            old_values, returns = (x[:, : mask.shape[1]] for x in (rows.extra.values, rows.extra.returns))
             clip = config.value_clip or jnp.inf
             sums["value/loss"], sums["value/clip_frac"] = value_loss(
-                values, rows.extra.values, rows.extra.returns, mask, clip, denominator=tokens
+                values, old_values, returns, mask, clip, denominator=tokens
             )
             value = value + config.value_coef * sums["value/loss"]
             if language_loss is not None:
@@ -193,7 +202,8 @@ def make_ppo(
                 sums["policy/ptx_loss"] = ptx
             return value, (sums, maxima)
 
-        sums, maxima, grads = value_and_grad_rows(loss, params, (rows, shares), config.microbatches)
+        pieces = (groups, in_groups(shares, group))
+        sums, maxima, grads = value_and_grad_rows(loss, params, pieces, config.microbatches, lengths)
         actor, actor_opt, norm = policy_optimizer.apply(
             grads["policy"], opt_state["policy"], params["policy"]
         )
@@ -211,8 +221,11 @@ def make_ppo(
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
         warm = state.step >= config.critic_warmup
-        one = lambda learned, rows: update(learned, rows, frozen, kl_coef, warm)  # noqa: E731
-        (params, opt_state), metrics = run_updates(config, one, state, batch._replace(metrics=None))
+        lengths = update_lengths(config, batch)
+        one = lambda learned, groups: update(learned, groups, lengths, frozen, kl_coef, warm)  # noqa: E731
+        # Rows that share a prompt stay together.
+        groups = in_groups(batch._replace(metrics=None), group)
+        (params, opt_state), metrics = run_updates(config, one, state, groups)
         metrics |= batch.metrics
         updates = state.step * config.epochs * config.minibatches
         metrics["policy/lr"] = policy_optimizer.learning_rate(updates)

@@ -8,7 +8,7 @@ from jrlhf.config import UserError
 
 # fmt: off
 Remat = Literal[
-    "none", "full", "dots", "attention", "mlp", "attention_mlp", "offload_attention", "offload_attention_mlp",
+    "auto", "none", "full", "dots", "attention", "mlp", "attention_mlp", "offload_attention", "offload_attention_mlp",
 ]
 # fmt: on
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
@@ -78,7 +78,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # what of a layer is kept for the backward pass: all, only its input, or also some products (see REMAT)
-    remat: Remat = "none"
+    remat: Remat = "auto"
     attention: AttentionKernel = "auto"  # the kernel of passes without a cache
     # what sampling keeps keys and values in; auto: as they are computed. 8 bits have a scale by token and head
     cache_dtype: CacheDtype = "auto"

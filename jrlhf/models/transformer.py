@@ -19,7 +19,7 @@ import numpy as np
 from flax.core import meta
 
 from jrlhf.models.attention import LayerCache, Segments, empty_cache, platform
-from jrlhf.models.config import LoRAConfig, ModelConfig
+from jrlhf.models.config import LoRAConfig, ModelConfig, Remat
 from jrlhf.models.layers import Block, View, Views, fan_in, gathered, logical, norm
 from jrlhf.models.lora import join, split
 from jrlhf.models.rope import rotation
@@ -60,6 +60,16 @@ REMAT = {
 }
 
 
+def kept_of_layers(config: ModelConfig) -> Remat:
+    """What `remat` is where it is left to the device. On a CPU writing everything down takes longer than computing the
+    cheap part of it again; elsewhere speed comes first, and memory is what the user asks for."""
+    if config.remat != "auto":
+        return config.remat
+    if platform() != "cpu":
+        return "none"
+    return "attention" if config.moe.experts else "attention_mlp"
+
+
 class Decoder(nn.Module):
     """Embedding, scanned layers, final norm and the head's parameters.
 
@@ -76,9 +86,9 @@ class Decoder(nn.Module):
         c = self.config
         x_BTD = Embed(c, name="embed")(tokens_BT, positions_BT)
         block = Block
-        if c.remat != "none":
+        if (kept := kept_of_layers(c)) != "none":
             # prevent_cse is only needed outside a scan
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+            block = nn.remat(Block, policy=REMAT[kept], prevent_cse=False)
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -369,8 +379,8 @@ class Model:
             x_BRD, _ = _apply(Block(c), weights, x_BRD, windowed, answer_views, None, None, keys)
             return (x_QPD, x_BRD), None
 
-        if c.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[c.remat], prevent_cse=False)
+        if (kept := kept_of_layers(c)) != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[kept], prevent_cse=False)
         embedded = (
             _apply(Embed(c), params["embed"], prompt_QP, positions_BT[::group, :start]),
             _apply(Embed(c), params["embed"], answer_BR, positions_BT[:, start:]),

@@ -7,18 +7,27 @@ an algorithm turns those into advantages; `run_updates` goes over the batch in e
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jrlhf.config import UserError
+from jrlhf.config import UserError, no_fingerprint
 from jrlhf.ops.advantages import overlong_penalty
 from jrlhf.ops.kl import kl_k1, kl_k2, kl_k3
 from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
-from jrlhf.ops.microbatch import flat, in_groups, map_rows, value_and_grad_rows
+from jrlhf.ops.microbatch import (
+    Lengths,
+    bucket_sizes,
+    by_length,
+    flat,
+    in_groups,
+    map_rows,
+    taken,
+    value_and_grad_rows,
+)
 from jrlhf.ops.reference import refreshed_reference
-from jrlhf.sharding import constrain_rows
 from jrlhf.types import Algorithm, Array, Params, Rollout, TrainState
 
 KL = Literal["reward", "k1", "k2", "k3", "full", "implicit"]
@@ -43,7 +52,6 @@ class OnPolicyConfig:
     implicit_kl: ClassVar[bool] = False  # the loss itself is a KL-regularised one, with this beta
     grouped: ClassVar[bool] = False  # an answer is compared with others to the same prompt
     whole_answers: ClassVar[bool] = False  # the loss is one of whole answers, each of which counts once
-    shares_prompts: ClassVar[bool] = True  # `share_prompts` is possible
     token_rewards: ClassVar[bool] = False  # single tokens may be rewarded: each has its own advantage
 
     _: KW_ONLY
@@ -73,9 +81,12 @@ class OnPolicyConfig:
     epochs: int = 1  # passes over each batch of rollouts
     minibatches: int = 1  # optimiser steps per pass
     microbatches: int = 1  # pieces of a minibatch that are in memory one after the other
-    # A prompt goes through the model once for its whole group: the same gradient for a part of the work. Minibatches are
-    # then made of whole groups.
+    # A prompt goes through the model once for its whole group: the same gradient for a part of the work. Minibatches
+    # are then made of whole groups.
     share_prompts: bool = False
+    # Lengths of which each microbatch gets the shortest that holds its longest answer, in place of all slots for an
+    # answer: the same gradient for less work. Minibatches are cut into microbatches by length. Each is compiled.
+    length_buckets: int = no_fingerprint(1)
     stop_kl: float = 0.0  # skip the rest of an iteration's updates once approx_kl passes this; 0: off
     # What a token's loss is divided by. "token": the minibatch's tokens; "sequence": its answer's tokens and the
     # number of answers; "sum": the number of answers; "constant": that times the slots for an answer.
@@ -85,7 +96,7 @@ class OnPolicyConfig:
     importance_level: Literal["token", "sequence"] = "token"  # of these weights (Yao et al. 2025)
 
     def __post_init__(self):
-        positive = ("kl_horizon", "group_size", "epochs", "minibatches", "microbatches")
+        positive = ("kl_horizon", "group_size", "epochs", "minibatches", "microbatches", "length_buckets")
         not_negative = ("beta", "target_kl", "ref_update_every", "resample_rounds", "missing_eos_penalty")
         not_negative += (
             "score_clip",
@@ -132,8 +143,11 @@ class OnPolicyConfig:
                 raise UserError(f"{name} is only read where {needed} is set")
         if self.share_prompts and self.shared_group == 1:
             raise UserError("share_prompts: group_size is 1, so that no two answers have a prompt in common")
-        if self.share_prompts and (not self.shares_prompts or self.learned_per_group != self.group_size):
-            raise UserError(f"share_prompts is not possible in {type(self).__name__} as it is configured here")
+        if self.share_prompts and self.learned_per_group != self.group_size:
+            raise UserError(
+                f"share_prompts: {type(self).__name__} does not learn from all answers to a prompt as it is configured "
+                "here, so that they are not side by side in the update; leave it off"
+            )
         if self.resample_rounds and self.group_size < 2:
             raise UserError("resample_rounds replaces groups of equal scores: group_size must be at least 2")
         if self.resample_rounds and self.greedy_baseline:
@@ -168,16 +182,21 @@ class LanguageModel(Protocol):
 
     def whole(self, trained: Params, frozen: Params | None) -> Params: ...
 
-    def logprobs(self, params, tokens, mask, start=1, temperature=1.0, **group) -> tuple[jax.Array, jax.Array]:
+    def logprobs(
+        self, params, tokens, mask, start=1, temperature=1.0, /, *, group: int = 1
+    ) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies of tokens [start, T), each [B, T - start]. `group` rows next to each other
         may share their prompt."""
 
-    def divergence(self, params, other_params, tokens, mask, start=1, temperature=1.0, **group) -> jax.Array:
+    def divergence(
+        self, params, other_params, tokens, mask, start=1, temperature=1.0, /, *, group: int = 1
+    ) -> jax.Array:
         """KL to the base model with other_params over the whole vocabulary at each position, [B, T - start]."""
 
 
 class Policy(NamedTuple):
-    """Functions of params and "reference" (the frozen start), tokens and mask [B, P + R], start = P, temperature."""
+    """Functions of params and "reference" (the frozen start), tokens and mask [B, P + R], start = P, temperature; and
+    `group`, where that many rows next to each other share their prompt."""
 
     forward: Callable[
         ..., tuple[jax.Array, jax.Array, Any]
@@ -185,27 +204,33 @@ class Policy(NamedTuple):
     reference: Callable[..., jax.Array]  # of the reference's own params -> log-probs [B, R]
     divergence: Callable[..., jax.Array] | None = None  # -> full-vocabulary KL to the reference [B, R]
 
+    def of_groups(self, group: int) -> "Policy":
+        """The same where the prompt of `group` rows next to each other goes through the model once."""
+        if group == 1:
+            return self
+        divergence = self.divergence and partial(self.divergence, group=group)
+        return Policy(partial(self.forward, group=group), partial(self.reference, group=group), divergence)
 
-def policy_of(model: LanguageModel, group: int = 1) -> Policy:
-    """group: rows next to each other whose prompt goes through the model once."""
-    shared = {"group": group} if group > 1 else {}
 
-    def forward(params, tokens, mask, start, temperature):
+def policy_of(model: LanguageModel) -> Policy:
+    def forward(params, tokens, mask, start, temperature, **group):
         whole = model.whole(params["policy"], params["reference"])
-        return *model.logprobs(whole, tokens, mask, start, temperature, **shared), ()
+        return *model.logprobs(whole, tokens, mask, start, temperature, **group), ()
 
-    def reference(ref_params, tokens, mask, start, temperature):
-        return model.base.logprobs(ref_params, tokens, mask, start, temperature, **shared)[0]
-
-    return Policy(forward, reference, divergence_of(model, group))
+    return Policy(forward, reference_of(model), divergence_of(model))
 
 
-def divergence_of(model: LanguageModel, group: int = 1) -> Callable[..., jax.Array]:
-    shared = {"group": group} if group > 1 else {}
+def reference_of(model: LanguageModel) -> Callable[..., jax.Array]:
+    def reference(ref_params, tokens, mask, start, temperature, **group):
+        return model.base.logprobs(ref_params, tokens, mask, start, temperature, **group)[0]
 
-    def divergence(params, tokens, mask, start, temperature):
+    return reference
+
+
+def divergence_of(model: LanguageModel) -> Callable[..., jax.Array]:
+    def divergence(params, tokens, mask, start, temperature, **group):
         whole = model.whole(params["policy"], params["reference"])
-        return model.divergence(whole, params["reference"], tokens, mask, start, temperature, **shared)
+        return model.divergence(whole, params["reference"], tokens, mask, start, temperature, **group)
 
     return divergence
 
@@ -250,6 +275,35 @@ def policy_init(config: OnPolicyConfig, optimizer: Any) -> Callable[[Params, Par
     return init
 
 
+def slots_used(mask: Array) -> jax.Array:
+    """The slots [B] up to the last that any of a row's (or group's) answers needs; mask [B, ..., R]."""
+    number = jnp.broadcast_to(jnp.arange(1, mask.shape[-1] + 1, dtype=jnp.int32), mask.shape)
+    return jnp.max(jnp.where(mask, number, 0), axis=tuple(range(1, mask.ndim)))
+
+
+def learned_slots(rows: PolicyBatch) -> jax.Array:
+    """`slots_used` of the answers that are learned from."""
+    return slots_used(rows.response_mask & rows.kept[..., None])
+
+
+def update_lengths(config: OnPolicyConfig, batch: PolicyBatch) -> Lengths | None:
+    """How an update's pieces (rows, their shares) are shortened; `extra` is the algorithm's own affair."""
+
+    def cut(piece: tuple[PolicyBatch, Any], size: int):
+        rows, shares = piece
+        start = rows.tokens.shape[-1] - rows.response_mask.shape[-1]
+        first = lambda tree, *names: {name: getattr(tree, name)[..., :size] for name in names}  # noqa: E731
+        of_answers = ("response_mask", "logprobs", "ref_logprobs", "weights", "rewards", "advantages")
+        whole = {"tokens": rows.tokens[..., : start + size], "mask": rows.mask[..., : start + size]}
+        rows = rows._replace(**whole, **first(rows, *of_answers))
+        return rows, shares and shares._replace(**first(shares, "loss", "tokens"))
+
+    if config.length_buckets == 1:
+        return None
+    sizes = bucket_sizes(batch.response_mask.shape[-1], config.length_buckets)
+    return Lengths(sizes, lambda piece: learned_slots(piece[0]), cut)
+
+
 def shaped_scores(config: OnPolicyConfig, rollout: Rollout, scores: jax.Array) -> jax.Array:
     """Scores [B] clipped, less penalties for never ending and for length."""
     response = rollout.response_mask
@@ -281,7 +335,7 @@ def score_rollout(
     tokens, mask, response = rollout.tokens, rollout.mask, rollout.response_mask
     start = tokens.shape[1] - response.shape[1]
     kl_coef = state.extra["kl_coef"]
-    group = config.shared_group
+    group, policy = config.shared_group, policy.of_groups(config.shared_group)
     if tokens.shape[0] % (config.parts * group):
         raise ValueError(
             f"{tokens.shape[0] // group} rows (or groups that share a prompt) do not divide into minibatches x "
@@ -293,9 +347,15 @@ def score_rollout(
     params = state.params | {"reference": reference}
     forward = lambda rows: in_groups(policy.forward(params, *flat(rows), start, temperature), group)  # noqa: E731
     of_reference = lambda rows: in_groups(policy.reference(reference, *flat(rows), start, temperature), group)  # noqa: E731
-    rows = in_groups((tokens, mask), group)
-    logprobs, entropy, extra = flat(map_rows(forward, rows, config.parts))
-    ref_logprobs = flat(map_rows(of_reference, rows, config.parts))
+    rows, lengths = in_groups((tokens, mask), group), None
+    if config.length_buckets > 1:
+        lengths = Lengths(
+            bucket_sizes(response.shape[1], config.length_buckets),
+            used=lambda rows: slots_used(rows[1][..., start:]),
+            cut=lambda rows, size: jax.tree.map(lambda x: x[..., : start + size], rows),
+        )
+    logprobs, entropy, extra = flat(map_rows(forward, rows, config.parts, lengths))
+    ref_logprobs = flat(map_rows(of_reference, rows, config.parts, lengths))
     # 2. The score, with its penalties, at the last response token.
     length = jnp.sum(response, axis=1, dtype=jnp.float32)
     final = shaped_scores(config, rollout, scores)
@@ -471,12 +531,15 @@ def kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temp
     return jnp.sum(estimate * share)
 
 
-def run_updates(config: OnPolicyConfig, update: Callable, state: TrainState, batch: Any) -> tuple[Any, dict]:
+def run_updates(
+    config: OnPolicyConfig, update: Callable, state: TrainState, batch: PolicyBatch
+) -> tuple[Any, dict]:
     """All epochs and minibatches of one iteration in a scan: (params and optimiser state, metrics).
 
     `update((params, opt_state), rows) -> ((params, opt_state), sums, maxima)`. Every epoch has its own order of rows.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
+    used = learned_slots(batch) if config.length_buckets > 1 else None
     key = jax.random.fold_in(state.key, state.step)
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
     order = order.reshape(config.epochs * config.minibatches, -1)
@@ -484,7 +547,9 @@ def run_updates(config: OnPolicyConfig, update: Callable, state: TrainState, bat
     def step(carry, index):
         def run(carry):
             learned, sums, maxima, done, _ = carry
-            learned, more, peak = update(learned, constrain_rows(jax.tree.map(lambda x: x[index], batch)))
+            # Which rows a minibatch has is chance; by length is only how it is cut into microbatches.
+            rows = index if used is None else index[by_length(used[index], config.microbatches)]
+            learned, more, peak = update(learned, taken(batch, rows))
             sums, maxima = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, peak)
             stop = (more["policy/approx_kl"] > config.stop_kl) if config.stop_kl else jnp.bool_(False)
             return learned, sums, maxima, done + 1.0, stop
@@ -543,7 +608,7 @@ def policy_gradient(
     in for `advantages` where tokens are rewarded by themselves; None: `advantages` are already each token's own.
     """
     group = config.shared_group
-    policy = policy_of(model, group)
+    policy = policy_of(model)
 
     def make_batch(
         state: TrainState,
@@ -564,6 +629,7 @@ def policy_gradient(
 
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
+        lengths = update_lengths(config, batch)
 
         def update(learned, groups: PolicyBatch):
             params, opt_state = learned
@@ -574,12 +640,12 @@ def policy_gradient(
                 rows, shares = flat(piece)
                 whole = params | {"reference": frozen}
                 value, sums, maxima, _ = policy_objective(
-                    config, token_loss, policy, whole, rows, shares, kl_coef, temperature
+                    config, token_loss, policy.of_groups(group), whole, rows, shares, kl_coef, temperature
                 )
                 return value, (sums, maxima)
 
             pieces = (groups, in_groups(shares, group))
-            sums, maxima, grads = value_and_grad_rows(loss, params, pieces, config.microbatches)
+            sums, maxima, grads = value_and_grad_rows(loss, params, pieces, config.microbatches, lengths)
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 

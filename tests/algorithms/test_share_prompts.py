@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import MODEL, assert_close, fake_params
+from helpers import MODEL, SCALAR, assert_close, fake_params
 
-from jrlhf.algorithms.dr_grpo import DrGRPOConfig, make_dr_grpo
 from jrlhf.algorithms.grpo import GRPOConfig, make_grpo
 from jrlhf.algorithms.online_dpo import OnlineDPOConfig
-from jrlhf.algorithms.ppo import PPOConfig
+from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.raft import RAFTConfig
 from jrlhf.algorithms.rloo import RLOOConfig, make_rloo
 from jrlhf.config import UserError
@@ -34,29 +33,55 @@ def rollout():
     return Rollout(tokens, mask, response_mask, logprobs, rng.random(Q * G) < 0.8)
 
 
+def make_with_critic(config, model, optimizer, temperature):
+    return make_ppo(config, actor_critic(model, SCALAR), optimizer, optimizer, temperature)
+
+
+def make_with_value_head(config, model, optimizer, temperature):
+    return make_ppo(config, actor_critic(model, None), optimizer, optimizer, temperature)
+
+
 @pytest.mark.parametrize(
     ("make", "config"),
     [
         (make_grpo, GRPOConfig(group_size=G)),
         (make_grpo, GRPOConfig(group_size=G, kl="full", microbatches=2, epochs=2, mask_truncated=True)),
-        (make_dr_grpo, DrGRPOConfig(group_size=G, beta=0.1, microbatches=4)),
-        (make_rloo, RLOOConfig(group_size=G, entropy_coef=0.1)),
+        (make_rloo, RLOOConfig(group_size=G, entropy_coef=0.1, microbatches=4)),
+        (make_with_critic, PPOConfig(group_size=G, kl="full", epochs=2, minibatches=1, microbatches=2)),
+        (make_with_value_head, PPOConfig(group_size=G, epochs=1, minibatches=1)),
     ],
-    ids=["grpo", "grpo_full_kl", "dr_grpo", "rloo"],
+    ids=["grpo", "grpo_full_kl", "rloo", "ppo_critic", "ppo_value_head"],
 )
 def test_shared_prompts_change_no_step(make, config):
     params, reference = fake_params(MODEL, 0), fake_params(MODEL, 1)
+    critic = {
+        make_with_critic: (fake_params(SCALAR, 2),),
+        make_with_value_head: ({"score": fake_params(SCALAR)["score"]},),
+    }
     scores = jnp.asarray(np.random.default_rng(1).standard_normal(Q * G), jnp.float32)
-    after = []
+    samples = rollout()
+    after, texts = [], []
     for share in (False, True):
         algorithm = make(replace(config, share_prompts=share), MODEL, DESCENT, 0.9)
-        state = algorithm.init(params, reference, jax.random.key(0))
-        batch = jax.jit(algorithm.make_batch)(state, rollout(), scores)
-        after.append(jax.jit(algorithm.train_step)(state, batch))
-    (alone, metrics), (shared, same) = after
+        state = algorithm.init(params, *critic.get(make, ()), reference, jax.random.key(0))
+        of_samples = jax.jit(algorithm.make_batch).lower(state, samples, scores).compile()
+        batch = of_samples(state, samples, scores)
+        of_batch = jax.jit(algorithm.train_step).lower(state, batch).compile()
+        real = lambda x, batch=batch: np.where(batch.response_mask, x, 0.0)  # noqa: E731
+        made = {
+            name: real(getattr(batch, name)) for name in ("logprobs", "ref_logprobs", "rewards", "advantages")
+        }
+        after.append((made, *of_batch(state, batch)))
+        texts.append(of_samples.as_text() + of_batch.as_text())
+    (made, alone, metrics), (same_made, shared, same) = after
+    assert_close(same_made, made)
     assert_close(shared.params, alone.params)
     assert_close(same, metrics, atol=1e-4, rtol=1e-4)
     assert not np.allclose(alone.params["policy"]["final_norm"]["scale"], params["final_norm"]["scale"])
+    # No layer saw a prompt and an answer in one row, neither while scoring nor while learning.
+    rows = Q * G // config.microbatches
+    assert f"f32[{rows},{P + R}," in texts[0]
+    assert f"f32[{rows},{P + R}," not in texts[1]
 
 
 def test_minibatches_are_made_of_whole_groups():
@@ -76,9 +101,11 @@ def test_minibatches_are_made_of_whole_groups():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: PPOConfig(share_prompts=True, group_size=2), "not possible in PPOConfig"),
-        (lambda: OnlineDPOConfig(share_prompts=True), "not possible in OnlineDPOConfig"),
-        (lambda: RAFTConfig(share_prompts=True), "not possible in RAFTConfig"),
+        (
+            lambda: OnlineDPOConfig(share_prompts=True),
+            "share_prompts: OnlineDPOConfig does not learn from all answers",
+        ),
+        (lambda: RAFTConfig(share_prompts=True), "share_prompts: RAFTConfig does not learn from all answers"),
         (lambda: PPOConfig(share_prompts=True), "group_size is 1"),
     ],
 )

@@ -166,7 +166,7 @@ class Checkpoint(ModelStage):
     param_dtype: Literal["float32", "bfloat16"] = (
         "float32"  # bfloat16: half the memory; for a base beside adapters
     )
-    remat: Remat = "none"
+    remat: Remat = "auto"
     attention: AttentionKernel = "auto"
     cache_dtype: CacheDtype = "auto"
     logits_chunk: int = 0

@@ -14,7 +14,7 @@ from jrlhf.config import Source, StageContext, UserError, to_dict
 from jrlhf.data.schema import check_row
 from jrlhf.data.tokenizer import Tokenizer, load_tokenizer
 from jrlhf.models.config import LoRAConfig, ModelConfig
-from jrlhf.models.transformer import Model
+from jrlhf.models.transformer import Model, kept_of_layers
 from jrlhf.training.data import rows_of
 from jrlhf.training.loop import LoopConfig
 from jrlhf.types import Plan
@@ -113,13 +113,14 @@ def packed_rows(held_out: int, pack: Callable[[], Any]) -> Count:
 
 def kept_per_token(config: ModelConfig) -> int:
     """Numbers that a forward pass leaves on the device for the backward pass, about."""
-    if config.remat == "none":
+    remat = kept_of_layers(config)
+    if remat == "none":
         return 16 * config.d_model * config.n_layers
     heads = 2 * (config.n_heads + config.n_kv_heads) * config.head_size
     of_layer = 2 * config.d_model
-    if config.remat in ("dots", "attention", "attention_mlp"):
+    if remat in ("dots", "attention", "attention_mlp"):
         of_layer += heads
-    if config.remat in ("dots", "mlp", "attention_mlp"):
+    if remat in ("dots", "mlp", "attention_mlp"):
         of_layer += 3 * config.d_ff
     return of_layer * config.n_layers
 
