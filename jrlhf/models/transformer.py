@@ -25,7 +25,7 @@ from jrlhf.models.lora import join, split
 from jrlhf.models.rope import rotation
 from jrlhf.ops.distillation import chunked_divergence
 from jrlhf.ops.kl import full_kl
-from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy, project, weighted_logprobs
+from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy, weighted_logprobs
 from jrlhf.ops.masking import positions_from_mask
 from jrlhf.sharding import batch_ways, constrain, path_names
 from jrlhf.types import Params
@@ -277,7 +277,9 @@ class Model:
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32. For a few positions (a decode step, a test): training uses `logprobs`."""
         kernel = self.lm_kernel(params).astype(hidden_BTD.dtype)
-        logits = project(hidden_BTD, kernel)
+        rows = hidden_BTD.reshape(-1, kernel.shape[0])  # two matrices: see `layers.product`
+        logits = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+        logits = logits.reshape(*hidden_BTD.shape[:-1], kernel.shape[1])
         return constrain(self.cap_logits(logits), "batch", "length", "vocab")
 
     def cap_logits(self, logits: jax.Array) -> jax.Array:
@@ -346,6 +348,10 @@ class Model:
     ) -> jax.Array:
         """Hidden states that predict tokens [start, T): [B, T - start, D]."""
         if group > 1:
+            if positions_BT is not None or len(tokens_BT) % group:
+                raise ValueError(
+                    f"{len(tokens_BT)} rows in groups of {group}: they must divide, and their positions are counted"
+                )
             return self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
         return self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
 

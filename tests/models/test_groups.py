@@ -50,3 +50,11 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(change):
     (_, shared), same = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(params, G)
     assert_close(np.where(mask[:, P:], shared, 0.0), np.where(mask[:, P:], alone, 0.0))
     assert_close(same, grads, atol=2e-5)
+
+
+def test_rows_that_are_no_whole_groups_are_an_error():
+    model, (tokens, mask) = Model(TINY), rows()
+    with pytest.raises(ValueError, match="11 rows in groups of 4"):
+        model.logprobs(fake_params(model), tokens[:-1], mask[:-1], P, group=G)
+    with pytest.raises(ValueError, match="their positions are counted"):
+        model.logprobs(fake_params(model), tokens, mask, P, positions_BT=tokens, group=G)
