@@ -472,7 +472,11 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     if asked.command == "run":
         if asked.rounds < 1:
             parser.error("--rounds must be positive")
-        chosen = dict.fromkeys(LIBRARIES, "none") | {"jrlhf": "auto"} | dict(pair.split("=", 1) for pair in asked.remat)
+        chosen = (
+            dict.fromkeys(LIBRARIES, "none")
+            | {"jrlhf": "auto"}
+            | dict(pair.split("=", 1) for pair in asked.remat)
+        )
         if {*chosen} != {*LIBRARIES}:
             parser.error(f"--remat: libraries are {', '.join(LIBRARIES)}")
         asked.remat = chosen

@@ -28,7 +28,7 @@ from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh, state_shardings
-from jrlhf.training.data import PackedFeed, one_per_row, pair_arrays, rows_of
+from jrlhf.training.data import PackedFeed, one_per_row, pair_arrays, rows_of, with_targets
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.offline import train_offline
@@ -128,7 +128,7 @@ def sft(side: Side) -> None:
     model = Model(side.config)
     algorithm = make_sft(SFTConfig(), model, side.optimizer)
     real = (arrays.segment_ids != 0).sum(axis=1)
-    train(side, algorithm, model, (side.params(model, 0), jax.random.key(1)), arrays, real)
+    train(side, algorithm, model, (side.params(model, 0), jax.random.key(1)), with_targets(arrays), real)
 
 
 def preferences(side: Side) -> PreferenceBatch:
@@ -204,7 +204,7 @@ def online(
 
 def grpo(side: Side) -> None:
     model = Model(side.config)
-    config = GRPOConfig(group_size=side.spec["group"], beta=0.04, share_prompts=True)
+    config = GRPOConfig(group_size=side.spec["group"], beta=0.04, share_prompts=True, microbatches=4)
     algorithm = make_grpo(config, model, side.optimizer)
     start = (side.params(model, 0), side.params(model, 1), jax.random.key(1))
     reward = text_reward("variety", lambda prompts, completions, rows: worker.variety(completions), True)
@@ -213,7 +213,7 @@ def grpo(side: Side) -> None:
 
 def ppo(side: Side) -> None:
     model, scalar = Model(side.config), Model(side.config, "scalar")
-    config = PPOConfig(epochs=side.spec["epochs"], minibatches=1)
+    config = PPOConfig(epochs=side.spec["epochs"], minibatches=1, microbatches=4)
     algorithm = make_ppo(config, actor_critic(model, scalar), side.optimizer, side.optimizer)
     judge = side.params(scalar, 3)
     score = partial(jitted_scores, scalar, judge)

@@ -46,7 +46,7 @@ def packed_logprobs(model: Model, params: Params, rows: PackedAnswers) -> jax.Ar
     """
     hidden_NTD = packed_hidden(model, params, rows)
     before_NAD = jnp.take_along_axis(hidden_NTD, rows.before[..., None], axis=1)
-    return model.logprobs_of_hidden(params, before_NAD, rows.targets, 1.0)[0]
+    return model.logprobs_of_hidden(params, before_NAD, rows.targets, 1.0, rows.owners >= 0)[0]
 
 
 def packed_scores(model: Model, params: Params, rows: PackedAnswers) -> jax.Array:

@@ -292,15 +292,21 @@ class Model:
             logits = jnp.where(jnp.broadcast_to(is_token_V, logits.shape), logits, -jnp.inf)
         return logits
 
-    def logprobs_of_hidden(self, params, hidden_BTD, targets_BT, temperature) -> tuple[jax.Array, jax.Array]:
-        """Log-probability of each target and the entropy there, [B, T] float32, at a temperature."""
+    def logprobs_of_hidden(
+        self, params, hidden_BTD, targets_BT, temperature, needed_BT=None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probability of each target and the entropy there, [B, T] float32, at a temperature.
+
+        Where `needed` is False there may be anything finite: stretches of which nothing is needed are left out.
+        """
         chunk = self.logits_chunk(*targets_BT.shape)
         if chunk < targets_BT.shape[1]:
             # The kernel goes in as it is (float32), so that its gradient is summed over chunks in float32.
             kernel = self.lm_kernel(params)
             return chunked_logprobs_and_entropy(
-                hidden_BTD, kernel, targets_BT, temperature, chunk=chunk, of_logits=self.cap_logits
-            )
+                hidden_BTD, kernel, targets_BT, temperature, chunk=chunk, of_logits=self.cap_logits,
+                needed=needed_BT,
+            )  # fmt: skip
         return logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature)
 
     def weighted_logprobs_of_hidden(
@@ -341,7 +347,8 @@ class Model:
         model once for all of them (`hidden_of_groups`).
         """
         hidden = self.predicting(params, tokens_BT, segment_ids_BT, start, positions_BT, group)
-        return self.logprobs_of_hidden(params, hidden, tokens_BT[:, start:], temperature)
+        needed_BT = jnp.asarray(segment_ids_BT)[:, start:].astype(bool)
+        return self.logprobs_of_hidden(params, hidden, tokens_BT[:, start:], temperature, needed_BT)
 
     def predicting(
         self, params, tokens_BT, segment_ids_BT, start, positions_BT=None, group: int = 1

@@ -78,6 +78,7 @@ def chunked_logprobs_and_entropy(
     *,
     chunk: int,
     of_logits: Callable[[jax.Array], jax.Array] = _identity,
+    needed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(`token_logprobs`, `entropy`) of logits = hidden @ kernel, without ever holding all the logits.
 
@@ -87,25 +88,37 @@ def chunked_logprobs_and_entropy(
     kept, the gradient directly. `of_logits` (hashable, of static values alone) is applied to the logits before the
     temperature: a soft-cap. The product is taken in `hidden.dtype` and summed in float32; the kernel's gradient is
     accumulated in the kernel's dtype.
+
+    needed: [B, T] bool. Chunks of which nothing is needed are left out, both ways: zeros stand there, with no gradient.
     """
-    return _chunked(hidden, kernel, targets, jnp.asarray(temperature, jnp.float32), chunk, of_logits)
+    if needed is None:
+        needed = jnp.ones(targets.shape, bool)
+    return _chunked(hidden, kernel, targets, jnp.asarray(temperature, jnp.float32), needed, chunk, of_logits)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(hidden, kernel, targets, temperature, chunk, of_logits):
-    return _chunked_fwd(hidden, kernel, targets, temperature, chunk, of_logits)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _chunked(hidden, kernel, targets, temperature, needed, chunk, of_logits):
+    return _chunked_fwd(hidden, kernel, targets, temperature, needed, chunk, of_logits)[0]
 
 
-def _chunked_fwd(hidden, kernel, targets, temperature, chunk, of_logits):
+def _chunked_fwd(hidden, kernel, targets, temperature, needed, chunk, of_logits):
+    def compute(hidden, targets):
+        return _normalised(of_logits(project(hidden, kernel)) / temperature, targets)
+
     def one_chunk(_, rows):
-        hidden, targets = rows
-        logits = of_logits(project(hidden, kernel)) / temperature
-        return None, _normalised(logits, targets)
+        hidden, targets, needed = rows
+        return None, _where_needed(jnp.any(needed), compute, hidden, targets)
 
-    rows = _split_positions((hidden, targets), chunk)
+    rows = _split_positions((hidden, targets, needed), chunk)
     _, out = jax.lax.scan(one_chunk, None, rows)
     logps, entropies, norms = _merge_positions(out, targets.shape[1])
-    return (logps, entropies), (hidden, kernel, targets, temperature, norms, entropies)
+    return (logps, entropies), (hidden, kernel, targets, temperature, needed, norms, entropies)
+
+
+def _where_needed(needed: jax.Array, f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, or zeros of its shapes without the work."""
+    zeros = lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, *args))  # noqa: E731
+    return jax.lax.cond(needed, f, zeros, *args)
 
 
 def _normalised(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -127,27 +140,29 @@ def _is_target(targets: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _chunked_bwd(chunk, of_logits, saved, cotangents):
-    hidden, kernel, targets, temperature, norms, entropies = saved
+    hidden, kernel, targets, temperature, needed, norms, entropies = saved
     d_logps, d_entropies = cotangents
 
-    def one_chunk(d_kernel, rows):
-        hidden, targets, norms, entropies, d_logps, d_entropies = rows
+    def compute(hidden, targets, norms, entropies, d_logps, d_entropies):
         logits, back = jax.vjp(lambda hidden, kernel: of_logits(project(hidden, kernel)), hidden, kernel)
         # d log p_y = 1_y - p and dH = -p (log p + H), each with respect to logits / temperature
         logps = logits / temperature - norms[..., None]
         p = jnp.exp(logps)
         surprise = jnp.where(p > 0, logps, 0.0) + entropies[..., None]
-        is_target = _is_target(targets, logits)
-        d = jnp.where(is_target, d_logps[..., None], 0.0) - p * (
+        d = jnp.where(_is_target(targets, logits), d_logps[..., None], 0.0) - p * (
             d_logps[..., None] + d_entropies[..., None] * surprise
         )
         d_temperature = -jnp.sum(jnp.where(p > 0, d * logits, 0.0)) / temperature**2
-        d_hidden, more = back(d / temperature)
+        return *back(d / temperature), d_temperature
+
+    def one_chunk(d_kernel, rows):
+        needed, *arrays = rows
+        d_hidden, more, d_temperature = _where_needed(jnp.any(needed), compute, *arrays)
         return d_kernel + more, (d_hidden, d_temperature)
 
-    rows = _split_positions((hidden, targets, norms, entropies, d_logps, d_entropies), chunk)
+    rows = _split_positions((needed, hidden, targets, norms, entropies, d_logps, d_entropies), chunk)
     d_kernel, (d_hidden, d_temperature) = jax.lax.scan(one_chunk, jnp.zeros_like(kernel), rows)
-    return _merge_positions(d_hidden, hidden.shape[1]), d_kernel, None, jnp.sum(d_temperature)
+    return _merge_positions(d_hidden, hidden.shape[1]), d_kernel, None, jnp.sum(d_temperature), None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
@@ -166,26 +181,32 @@ def weighted_logprobs(
 
     For losses whose weights [B, T] are known before the forward pass (supervised learning): the sum's gradient is
     computed on the way, while a chunk's logits are there, so that they are needed once. `hidden` and `kernel` alone
-    have a gradient, and the sum's alone. Otherwise as `chunked_logprobs_and_entropy`.
+    have a gradient, and the sum's alone. Chunks without any weight are left out: zeros stand there. Otherwise as
+    `chunked_logprobs_and_entropy`.
     """
     return _weighted(hidden, kernel, targets, jax.lax.stop_gradient(weights), chunk, of_logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _weighted(hidden, kernel, targets, weights, chunk, of_logits):
-    (logps, entropies), _ = _chunked_fwd(hidden, kernel, targets, jnp.float32(1.0), chunk, of_logits)
+    (logps, entropies), _ = _chunked_fwd(
+        hidden, kernel, targets, jnp.float32(1.0), weights != 0, chunk, of_logits
+    )
     return jnp.sum(weights * logps), logps, entropies
 
 
 def _weighted_fwd(hidden, kernel, targets, weights, chunk, of_logits):
-    def one_chunk(d_kernel, rows):
-        hidden, targets, weights = rows
+    def compute(hidden, targets, weights):
         logits, back = jax.vjp(lambda hidden, kernel: of_logits(project(hidden, kernel)), hidden, kernel)
         logps, entropies, norms = _normalised(logits, targets)
-        is_target = _is_target(targets, logits)
         p = jnp.exp(logits - norms[..., None])
-        d_hidden, more = back(weights[..., None] * (is_target.astype(jnp.float32) - p))
-        return d_kernel + more, (logps, entropies, d_hidden)
+        d = weights[..., None] * (_is_target(targets, logits).astype(jnp.float32) - p)
+        return logps, entropies, *back(d)
+
+    def one_chunk(d_kernel, rows):
+        weights = rows[-1]
+        *out, more = _where_needed(jnp.any(weights != 0), compute, *rows)
+        return d_kernel + more, out
 
     rows = _split_positions((hidden, targets, weights), chunk)
     d_kernel, out = jax.lax.scan(one_chunk, jnp.zeros_like(kernel), rows)

@@ -37,6 +37,7 @@ from jrlhf.models.transformer import Model, fold_normalization
 from jrlhf.sharding import make_mesh
 from jrlhf.training import online, rewards
 from jrlhf.training.artifacts import load_model
+from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import sharded_state
 from jrlhf.types import TrainState
 
@@ -85,16 +86,16 @@ class Run(NamedTuple):
 def adapted(one_device_run, one_device_runs) -> Run:
     """Every stage that trains, with adapters beside the model of "sft", on one device."""
     seen = Seen([], [], [], [], [])
-    rollout, scores = online.rollout, rewards.jitted_scores
+    draw, scores = Sampler.draw, rewards.jitted_scores
 
-    def watch_state(mesh, axes, init, *args):
-        template, make, frozen = sharded_state(mesh, axes, init, *args)
+    def watch_state(mesh, axes, init, *args, **options):
+        template, make, frozen = sharded_state(mesh, axes, init, *args, **options)
         seen.starts.append(args), seen.templates.append(template), seen.frozen.append(frozen)
         return template, make, frozen
 
-    def watch_rollout(model, params, *args):
+    def watch_draw(sampler, params, *args):
         seen.rollouts.append(params)
-        return rollout(model, params, *args)
+        return draw(sampler, params, *args)
 
     def watch_scores(model, params, *args):
         seen.scorers.append(params)
@@ -102,7 +103,7 @@ def adapted(one_device_run, one_device_runs) -> Run:
 
     with pytest.MonkeyPatch.context() as patch, one_device():
         patch.setattr(online, "sharded_state", watch_state)
-        patch.setattr(online, "rollout", watch_rollout)
+        patch.setattr(Sampler, "draw", watch_draw)
         patch.setattr(rewards, "jitted_scores", watch_scores)
         folder = run(only(*BEFORE, **ADAPTED), one_device_runs, console=QUIET)
     return Run(one_device_runs, folders(folder), seen)

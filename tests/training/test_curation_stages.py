@@ -456,7 +456,7 @@ def test_self_instruct_keeps_what_survives_each_filter_and_counts_the_rest():
 def test_self_instruct_runs_on_a_local_model(start):
     """The tiny model knows no lists: all that it writes is filtered or kept, and nothing is lost between."""
     stage = SelfInstruct(
-        start="sft", seeds=LarderPrompts(size=8), requests=4, rounds=2, examples=2, own=1, least_words=1,
+        start="sft", seeds=LarderPrompts(size=8), requests=16, rounds=2, examples=2, own=1, least_words=1,
         similarity=1.0, sampling=tiny.answers,
     )  # fmt: skip
     left, results = start(made=stage)

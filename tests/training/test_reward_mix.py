@@ -16,7 +16,6 @@ from jrlhf.data.sources import FileSource
 from jrlhf.experiment import Experiment, fingerprint, run
 from jrlhf.rewards.verifiers import Number
 from jrlhf.sharding import make_mesh
-from jrlhf.training import online
 from jrlhf.training.evaluation import Sampler, score
 from jrlhf.training.rewards import (
     REWARDS,
@@ -63,6 +62,7 @@ def left(one_device_runs):
             parts={"length": LENGTHS, "learned": Part("reward_model")},
             start="sft",
             prompts=tiny.prompts,
+            samples=4,
             sampling=tiny.answers,
         ),
         "gated": RewardMix(parts={"ends": Part("ended", gate=0.5), "gold": Part("larder_gold")}, how="gates"),
@@ -328,7 +328,7 @@ def test_prompts_that_lack_what_a_reward_reads_are_told_before_anything_is_sampl
         raise AssertionError("answers were sampled")
 
     monkeypatch.setattr(Sampler, "sample", sampled)
-    monkeypatch.setattr(online, "rollout", sampled)
+    monkeypatch.setattr(Sampler, "draw", sampled)
     by_group = RewardMix(parts={"A": Part("larder_gold_A"), "B": Part("larder_gold_B")}, how="by_group")
     inside = RewardMix(parts={"inner": Part("grouped"), "gold": Part("larder_gold")})
     evaluation = Evaluate(

@@ -381,5 +381,5 @@ def final_loss(model: Model, params, held: SequenceBatch, mesh: Mesh) -> float:
 def row_losses(model: Model, params, batch: SequenceBatch) -> tuple[jax.Array, jax.Array]:
     """Summed loss and number of target tokens of each row, [B] each."""
     hidden, tokens, mask, _ = targets(model, params, batch)
-    logprobs, _ = model.logprobs_of_hidden(params, hidden, tokens, 1.0)
+    logprobs, _ = model.logprobs_of_hidden(params, hidden, tokens, 1.0, mask)
     return jnp.sum(jnp.where(mask, -logprobs, 0.0), axis=1), jnp.sum(mask, axis=1)
