@@ -142,6 +142,32 @@ def test_weighted_sum_in_one_pass(chunk, dtype, atol):
     assert [x.dtype for x in found[1]] == [hidden.dtype, kernel.dtype]
 
 
+def test_chunks_of_which_nothing_is_needed_are_left_out():
+    """What is in them is not even looked at: NaN does not come through, neither as a value nor as a gradient."""
+    hidden, kernel, targets, weights = head_arrays(jnp.float32)
+    broken = hidden.at[:, 6:].set(jnp.nan)  # two of three chunks, the last one cut
+    needed = jnp.zeros(targets.shape, bool).at[1, :6].set(True)
+
+    def total(hidden, kernel, chunked):
+        if chunked:
+            f = chunked_logprobs_and_entropy
+            logprobs, entropies = f(hidden, kernel, targets, 0.8, chunk=3, needed=needed)
+        else:
+            logprobs, entropies = unchunked(hidden, kernel, targets, 0.8)
+        return jnp.sum(jnp.where(needed, weights[0] * logprobs + weights[1] * entropies, 0.0))
+
+    def one_pass(hidden, kernel, chunked):
+        if not chunked:
+            return jnp.sum(jnp.where(needed, weights[0] * unchunked(hidden, kernel, targets, 1.0)[0], 0.0))
+        return weighted_logprobs(hidden, kernel, targets, jnp.where(needed, weights[0], 0.0), chunk=3)[0]
+
+    for loss in (total, one_pass):
+        value = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+        found, expected = value(broken, kernel, True), value(hidden, kernel, False)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+        assert np.isfinite(jax.jit(loss, static_argnums=2)(broken, kernel, True))
+
+
 def test_weighted_sum_needs_the_logits_once():
     hidden, kernel, targets, weights = head_arrays(jnp.float32)
     loss = lambda h, k: weighted_logprobs(h, k, targets, weights[0], chunk=5)[0]  # noqa: E731
