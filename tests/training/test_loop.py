@@ -78,7 +78,7 @@ def test_an_exploding_run_stops_and_leaves_the_batch(train, one_device_run, one_
     assert not np.isfinite([rows[-1]["train/loss"], rows[-1]["train/grad_norm"]]).all()
     with np.load(file, allow_pickle=False) as batch:
         assert set(batch) == {"tokens", "segment_ids", "positions", "loss_mask", "targets"}
-        assert {name: batch[name].shape for name in batch} == dict.fromkeys(batch, (8, 40))
+        assert {batch[name].shape for name in batch if name != "targets"} == {(8, 40)}
         assert batch["loss_mask"].dtype == bool
         data = demonstration_batch(
             sft.data, load_any(folders(one_device_run)["sft"]).tokenizer, 40, "error", QUIET
