@@ -52,9 +52,9 @@ def strike_and_write_manifest(path, content):
     write_manifest(path, content)
 
 
-def sample_and_strike(self, params, ids, key, progress=None):
+def sample_and_strike(*args, **options):
     global sampled
-    out = sample(self, params, ids, key, progress)
+    out = sample(*args, **options)
     sampled += 1
     strike("any", "sampled", sampled)
     return out
