@@ -296,10 +296,11 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
     """
     import jax
 
-    from jrlhf.experiment import keep_compiled
+    from jrlhf.experiment import keep_compiled, keep_memory
 
     if devices is not None and devices < 1:
         raise UserError(f"--devices: expected at least 1, got {devices}")
+    keep_memory()
     forced = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if devices is not None and forced:
         raise UserError("--devices: XLA_FLAGS already sets --xla_force_host_platform_device_count; unset it")

@@ -424,6 +424,7 @@ def run(
 
     Raises UserError for the user's mistakes and a full disk, Preempted when asked to stop (`STOP`).
     """
+    keep_memory()
     console = console or Console(
         quiet=not _leads(), soft_wrap=not sys.stdout.isatty()
     )  # lines of a log stay whole
@@ -432,7 +433,6 @@ def run(
     forced = _forced(experiment, force)
     _check_mesh(experiment, todo, forced)
     keep_compiled(runs_dir)
-    keep_memory()
     folder = run_folder(experiment, runs_dir)
     env = environment()
     results: dict[str, dict[str, Any]] = {}
@@ -472,18 +472,28 @@ def keep_compiled(runs_dir: Path) -> None:
 
 
 def keep_memory() -> None:
-    """Under glibc, and on a CPU, the process keeps the memory that it frees.
+    """Under glibc, and where jax will run on a CPU, the process keeps the memory that it frees. For before jax starts.
 
     XLA asks for room for all temporaries anew at every call of a program. By default glibc gets that from the system
-    and hands it back each time, and touching so many new pages takes up to a fifth of a train step.
+    and hands it back each time, and touching so many new pages takes up to a fifth of a train step. Threads that are
+    there already go on as before.
     """
-    import jax
-
-    if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
+    if platform.libc_ver()[0] != "glibc" or not _on_cpu():
         return
     most, trim_above, arenas = -4, -1, -8  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
     for option, value in ((most, 0), (trim_above, 2**31 - 1), (arenas, 1)):
         ctypes.CDLL(None).mallopt(option, value)
+
+
+def _on_cpu() -> bool:
+    """Whether jax will run on a CPU, as far as can be told without starting it."""
+    import jax
+
+    named = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if named:
+        return named.split(",")[0] == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
 
 
 def _check_mesh(experiment: Experiment, todo: list[Task], forced: set[str]) -> None:
