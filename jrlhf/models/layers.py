@@ -99,14 +99,15 @@ def norm(config: ModelConfig, name: str) -> nn.Module:
     return (RMSNorm if config.norm == "rms" else LayerNorm)(config, name=name)
 
 
-def product(x: jax.Array, w: jax.Array, inputs: int) -> jax.Array:
+def product(x: jax.Array, w: jax.Array, inputs: int, dtype: Any = None) -> jax.Array:
     """x [..., inputs] times w [inputs, outputs], of which `inputs` axes are summed over, as a product of two matrices.
+    dtype: of the result (None: that of x and w).
 
     Left to contract rows and tokens for a weight's gradient, XLA on a CPU first writes out transposed activations,
     which takes longer than the product.
     """
     n = math.prod(x.shape[-inputs:])
-    y = x.reshape(-1, n) @ w.reshape(n, -1)
+    y = jnp.matmul(x.reshape(-1, n), w.reshape(n, -1), preferred_element_type=dtype)
     return y.reshape(*x.shape[:-inputs], *w.shape[inputs:])
 
 

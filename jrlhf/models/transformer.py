@@ -20,7 +20,7 @@ from flax.core import meta
 
 from jrlhf.models.attention import LayerCache, Segments, empty_cache, platform
 from jrlhf.models.config import LoRAConfig, ModelConfig, Remat
-from jrlhf.models.layers import Block, View, Views, fan_in, gathered, logical, norm
+from jrlhf.models.layers import Block, View, Views, fan_in, gathered, logical, norm, product
 from jrlhf.models.lora import join, split
 from jrlhf.models.rope import rotation
 from jrlhf.ops.distillation import chunked_divergence
@@ -277,9 +277,7 @@ class Model:
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32. For a few positions (a decode step, a test): training uses `logprobs`."""
         kernel = self.lm_kernel(params).astype(hidden_BTD.dtype)
-        rows = hidden_BTD.reshape(-1, kernel.shape[0])  # two matrices: see `layers.product`
-        logits = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
-        logits = logits.reshape(*hidden_BTD.shape[:-1], kernel.shape[1])
+        logits = product(hidden_BTD, kernel, 1, jnp.float32)
         return constrain(self.cap_logits(logits), "batch", "length", "vocab")
 
     def cap_logits(self, logits: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """The one function that samples responses: training, labelling, best-of-n, evaluation and `generate` call it."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from jax.experimental import io_callback
 from jrlhf.models.transformer import Cache, Model
 from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
 from jrlhf.rollout.stops import ACCEPTED
-from jrlhf.sharding import RULES, fetch
+from jrlhf.sharding import RULES, batch_ways, fetch
 from jrlhf.types import Params, Prompts, Rollout
 
 
@@ -104,8 +103,7 @@ def rollout(
         raise ValueError(f"a stream comes of one device, and the mesh has {mesh.size}")
     else:
         batch = jax.P(RULES["batch"])
-        ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-        here = partial(_sample, model, group, slots // ways)
+        here = partial(_sample, model, group, slots // batch_ways(mesh))
         drawn = jax.shard_map(
             here, in_specs=(jax.P(), batch, batch, batch, jax.P()), out_specs=batch, axis_names=set(RULES["batch"]),
             check_vma=False,
