@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jrlhf.config import UserError
 from jrlhf.models.config import ModelConfig
+from jrlhf.ops.masking import lengthened
 from jrlhf.sharding import constrain, map_shards
 
 LANES = 128  # a TPU kernel's blocks are multiples of this
@@ -225,10 +226,9 @@ def splash(
     t, s = q_BTNH.shape[1], own.k_BKSH.shape[2]
     more_t = -t % LANES
     more_s = more_t + -(s + more_t) % LANES  # every padding query finds the key of its own place
-    padded = lambda x, axis, more: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-    q_BNTH = padded(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), 1, more_t).swapaxes(1, 2)
-    k_BKSH, v_BKSH = padded(own.k_BKSH, 2, more_s), padded(own.v_BKSH, 2, more_s)
-    q_segments, k_segments = padded(segments.q_BT, 1, more_t), padded(segments.k_BS, 1, more_s)
+    q_BNTH = lengthened(q_BTNH * jnp.asarray(scale, q_BTNH.dtype), 1, more_t).swapaxes(1, 2)
+    k_BKSH, v_BKSH = lengthened(own.k_BKSH, 2, more_s), lengthened(own.v_BKSH, 2, more_s)
+    q_segments, k_segments = lengthened(segments.q_BT, 1, more_t), lengthened(segments.k_BS, 1, more_s)
 
     def kernel(window: int):
         def on_shard(q_BNTH, k_BKSH, v_BKSH, q_BT, k_BS):

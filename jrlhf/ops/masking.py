@@ -63,3 +63,8 @@ def last_token_index(mask: Array) -> jax.Array:
     """Index of the last set position along the last axis, [..., T] -> [...] int32; 0 for an empty row."""
     slots = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return jnp.max(jnp.where(mask.astype(bool), jnp.broadcast_to(slots, mask.shape), 0), axis=-1)
+
+
+def lengthened(x: jax.Array, axis: int, more: int) -> jax.Array:
+    """x with `more` zeros (False) behind the last place of one axis."""
+    return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import io_callback
 
 from jrlhf.models.transformer import Cache, Model
+from jrlhf.ops.masking import lengthened
 from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
 from jrlhf.rollout.stops import ACCEPTED
 from jrlhf.sharding import RULES, batch_ways, fetch
@@ -160,7 +161,7 @@ def _sample(
         a = len(rows)
 
         def to_places(x, axis):
-            room = jnp.pad(x, [(0, length - p if i == axis else 0) for i in range(x.ndim)])
+            room = lengthened(x, axis, length - p)
             return jnp.roll(room, at - p, axis) if queue else room
 
         if shared:
@@ -252,9 +253,9 @@ def _sample(
 
     def grown(state: State, length: int) -> State:
         more = length - state.slots.cache[0].k_BKSH.shape[2]
-        wider = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-        cache = jax.tree.map(lambda x: wider(x, 2), state.slots.cache)
-        return state._replace(slots=state.slots._replace(seen_SL=wider(state.slots.seen_SL, 1), cache=cache))
+        cache = jax.tree.map(lambda x: lengthened(x, 2, more), state.slots.cache)
+        seen_SL = lengthened(state.slots.seen_SL, 1, more)
+        return state._replace(slots=state.slots._replace(seen_SL=seen_SL, cache=cache))
 
     nothing = Drawn(
         jnp.full((n, r), sampling.pad_id, jnp.int32),
