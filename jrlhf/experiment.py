@@ -734,7 +734,9 @@ def environment() -> dict[str, Any]:
     import jax
 
     devices = jax.devices()
-    packages = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
+    # Each look at `metadata` reads the file anew.
+    installed = (d.metadata for d in importlib.metadata.distributions())
+    packages = {m["Name"]: m["Version"] for m in installed if m["Name"]}
     return {
         "date": _now(),
         "command": sys.argv,

@@ -215,7 +215,11 @@ def _file(stage: Stage) -> _File:
             for name, measured in content["policies"].items()
         }
         prompts = {split: tuple(texts) for split, texts in (content.get("prompts") or {}).items()}
+        if not policies:
+            raise ValueError("there is no policy in it")
         for name, splits in policies.items():
+            if not splits:
+                raise ValueError(f"policy {name!r} has no split")
             for split, answers in splits.items():
                 scored = len(answers["gold"] or ())
                 if split in prompts and scored != len(prompts[split]):

@@ -325,6 +325,8 @@ def test_a_run_without_evaluation_says_what_is_unfinished(finished_run, tmp_path
         (lambda e: e["policies"]["ppo"]["splits"]["eval"]["gold"][2].clear(), "prompt 2 has no answers"),
         (lambda e: e["policies"]["ppo"]["splits"]["eval"]["kl"].__setitem__(1, [float("nan")]), "not finite"),
         (lambda e: e["policies"]["ppo"]["splits"]["eval"].pop("length"), "'eval' has no 'length'"),
+        (lambda e: e["policies"].clear(), "no policy"),
+        (lambda e: e["policies"]["sft"]["splits"].clear(), "policy 'sft' has no split"),
     ],
 )
 def test_a_broken_evaluation_names_file_and_field(finished_run, tmp_path, change, message):
