@@ -160,6 +160,7 @@ def state_shardings(mesh: Mesh, state: Any, axes: Mapping[tuple[str, ...], tuple
     return jax.tree_util.tree_map_with_path(one, state)
 
 
+DEVICE = "device"  # the devices' own memory
 HOST = "pinned_host"  # the host's memory that devices reach
 
 
@@ -175,6 +176,11 @@ def on_host(mesh: Mesh, shardings: Any, field: str) -> Any:
 def moved(tree: Any, space: Any) -> Any:
     """Arrays moved, within a jitted function, to the devices' memory or the host's (a `jax.memory.Space`)."""
     return jax.tree.map(lambda x: jax.device_put(x, space), tree)
+
+
+def placed(tree: Any, kind: str) -> Any:
+    """Arrays in this kind of memory (DEVICE, HOST), split as they were; those that lie there are not copied."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

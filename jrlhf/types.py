@@ -81,7 +81,8 @@ class PackedAnswers(NamedTuple):
     targets: Array  # [N, A] int32: the token
     places: Array  # [N, A] int32: 1, 2, ... within its answer
     owners: Array  # [N, A] int32: its answer, K * prompt + answer, prompts as numbered in a microbatch; -1 is none
-    ends: Array  # [B, K] int32: an answer's last token, T * row + slot within a microbatch; 0 of a missing answer
+    ends: Array  # [N, E] int32: the slots of the last tokens of a row's answers, of which there are at most E
+    answers: Array  # [B, K] int32: which of these is an answer's, E * row + number in a microbatch; 0 of a missing one
     lengths: Array  # [B, K] int32: tokens of each answer that are to be predicted
 
 

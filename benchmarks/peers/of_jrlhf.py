@@ -28,7 +28,7 @@ from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh, state_shardings
-from jrlhf.training.data import PackedFeed, one_per_row, pair_arrays, rows_of, with_targets
+from jrlhf.training.data import PackedFeed, feed_of, one_per_row, pair_arrays, rows_of, with_targets
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import LoopConfig
 from jrlhf.training.offline import train_offline
@@ -106,7 +106,9 @@ def train(
     batch = side.spec["batch"]
     batches = Batches(rows_of(arrays), batch, side.ctx.seed)  # those of the driver
     evaluate = side.at_gate(lambda step: int(real[batches.indices(step)].sum()))
-    if side.spec["variant"] == "packed" and not isinstance(arrays, SequenceBatch):  # that is packed already
+    if isinstance(arrays, SequenceBatch):  # packed already, where it is
+        arrays = feed_of(arrays, batch, side.ctx.seed, side.mesh, STEPS)
+    elif side.spec["variant"] == "packed":
         arrays = PackedFeed(arrays, batch, side.ctx.seed, side.mesh, STEPS)
     train_offline(
         side.ctx, side.mesh, side.loop(batch), STEPS, algorithm, start, model.logical_axes(), arrays, evaluate

@@ -96,7 +96,7 @@ def actor_critic(model: Model, critic: Model | None, language_loss: Callable | N
         if group > 1:
             hidden = model.predicting(policy, tokens, mask, start, group=group)
         else:
-            hidden = model.hidden(policy, tokens, mask)[:, start - 1 : -1]
+            hidden = model.hidden(policy, tokens, mask, at=slice(start - 1, -1))
         logprobs, entropy = model.logprobs_of_hidden(policy, hidden, tokens[:, start:], temperature)
         if critic is None:
             values = scalar_head(params["critic"]["score"], hidden)
@@ -106,7 +106,7 @@ def actor_critic(model: Model, critic: Model | None, language_loss: Callable | N
                 hidden = critic.predicting(whole, tokens, mask, start, group=group)
                 values = scalar_head(whole["score"], hidden)
             else:
-                values = critic.scores(whole, tokens, mask)[:, start - 1 : -1]
+                values = critic.scores(whole, tokens, mask, at=slice(start - 1, -1))
         return logprobs, entropy, values
 
     return ActorCritic(forward, reference_of(model), language_loss, divergence_of(model))

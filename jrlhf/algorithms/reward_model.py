@@ -160,14 +160,12 @@ class HeadLabels(NamedTuple):
 
 def sequence_scores(model: Model, params, tokens_BT, mask_BT) -> jax.Array:
     """The scalar head at each sequence's last real token, [B] float32."""
-    scores_BT = model.scores(params, tokens_BT, mask_BT)
-    return jnp.take_along_axis(scores_BT, last_token_index(mask_BT)[:, None], axis=1)[:, 0]
+    return model.scores(params, tokens_BT, mask_BT, at=last_token_index(mask_BT)[:, None])[:, 0]
 
 
 def sequence_head_scores(model: Model, params, tokens_BT, mask_BT) -> jax.Array:
     """Every scalar head at each sequence's last real token, [B, n] float32."""
-    scores_BTN = model.head_scores(params, tokens_BT, mask_BT)
-    return jnp.take_along_axis(scores_BTN, last_token_index(mask_BT)[:, None, None], axis=1)[:, 0]
+    return model.head_scores(params, tokens_BT, mask_BT, at=last_token_index(mask_BT)[:, None])[:, 0]
 
 
 def preference_scores(model: Model, params, batch: PreferenceBatch) -> jax.Array:

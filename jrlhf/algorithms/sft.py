@@ -5,6 +5,7 @@ InstructGPT (Ouyang et al. 2022), section 3.5, step 1.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jrlhf.config import UserError
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
-from jrlhf.ops.masking import masked_mean
+from jrlhf.ops.masking import at_places, masked_mean
 from jrlhf.ops.microbatch import value_and_grad_rows
 from jrlhf.optim import Optimizer
 from jrlhf.types import Algorithm, Array, SequenceBatch, TrainState
@@ -40,12 +41,13 @@ class Targets(NamedTuple):
 
 def targets(model: Model, params, batch: SequenceBatch) -> Targets:
     """Of a batch without `targets`, every position but the first counts as a place for one: A is T - 1."""
-    hidden, balance = model.hidden_and_balance(params, batch.tokens, batch.segment_ids, batch.positions)
+    states = partial(model.hidden_and_balance, params, batch.tokens, batch.segment_ids, batch.positions)
     if isinstance(batch.targets, tuple):
-        return Targets(hidden[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:], balance)
+        hidden, balance = states(slice(-1))
+        return Targets(hidden, batch.tokens[:, 1:], batch.loss_mask[:, 1:], balance)
     slots = jnp.maximum(batch.targets, 1)
-    hidden = jnp.take_along_axis(hidden, slots[..., None] - 1, axis=1)
-    return Targets(hidden, jnp.take_along_axis(batch.tokens, slots, axis=1), batch.targets > 0, balance)
+    hidden, balance = states(slots - 1)
+    return Targets(hidden, at_places(batch.tokens, slots), batch.targets > 0, balance)
 
 
 def sft_loss(model: Model, params, batch: SequenceBatch, denominator, balance_coef: float = 0.0):

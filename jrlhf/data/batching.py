@@ -405,20 +405,25 @@ def pack(
     """Several examples per row: `tokens`, `segment_ids`, `positions` [N, length] int32, `loss_mask` bool.
 
     Segments are numbered from 1 in each row and 0 is padding; positions restart at 0 in each. First-fit
-    decreasing (Johnson 1973) within windows of `window` examples, so that neighbours in the data stay near.
+    decreasing (Johnson 1973) within windows of `window` examples, so that neighbours in the data stay near. A row takes
+    no more examples where it would have more than one and a half times the targets that are usual: all rows of a batch
+    have room for as many as one of them has.
     """
     examples = list(examples)
+    for example in examples:
+        _check_fits(len(example.ids), length)
+    sizes = np.asarray([(len(e.ids), np.sum(e.loss_mask[1:])) for e in examples]).reshape(-1, 2)
+    tokens_in_all, targets_in_all = sizes.sum(axis=0)
+    room = length, math.ceil(1.5 * length * targets_in_all / max(tokens_in_all, 1))
+    sizes = np.minimum(sizes, room)  # an example that has more by itself fills its row
     bins: list[list[Example]] = []
     for start in range(0, len(examples), window):
-        group = sorted(examples[start : start + window], key=lambda e: -len(e.ids))  # stable: repeatable
-        room = np.full(len(group), length)
-        rows: list[list[Example]] = [[] for _ in group]
-        for example in group:
-            _check_fits(len(example.ids), length)
-            first = int(np.argmax(room >= len(example.ids)))
-            rows[first].append(example)
-            room[first] -= len(example.ids)
-        bins += [row for row in rows if row]
+        own = sizes[start : start + window]
+        row_of = first_fit(own, room)
+        rows: list[list[Example]] = [[] for _ in range(int(row_of.max()) + 1)]
+        for i in np.argsort(-own[:, 0], kind="stable"):
+            rows[row_of[i]].append(examples[start + i])
+        bins += rows
     tokens = np.full((len(bins), length), pad_id, np.int32)
     segment_ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
     loss_mask = np.zeros_like(tokens, bool)
@@ -532,15 +537,16 @@ def pack_answers(
     mask: np.ndarray,
     response_mask: np.ndarray,
     row_of: np.ndarray,
-    shape: tuple[int, int, int],
+    shape: tuple[int, int, int, int],
 ) -> PackedAnswers:
     """Right-padded answers [B, K, T] with every prompt once, many in a row; answers that are missing are masked.
 
-    row_of: [B], the row of each prompt. shape: how many rows there are, their tokens, and the answers' tokens for which
-    one has room. What the answers share is their prompt, as far as it is not learned (`shared_tokens`).
+    row_of: [B], the row of each prompt. shape: how many rows there are, their tokens, and the answers' tokens and the
+    answers for which one has room. What the answers share is their prompt, as far as it is not learned
+    (`shared_tokens`).
     """
     B, K, _ = tokens.shape
-    N, T, A = shape
+    N, T, A, E = shape
     shared, lengths = shared_tokens(tokens, mask, response_mask), mask.sum(axis=2)
     own = np.maximum(lengths - shared[:, None], 0)
     size = shared + own.sum(axis=1)
@@ -563,10 +569,14 @@ def pack_answers(
     packed["tokens"][at], packed["positions"][at] = tokens[b, k, t], t
     packed["segment_ids"][at], packed["branches"][at] = segment[b], np.where(t < shared[b], 0, k + 1)
 
-    b, k, t = np.nonzero(response_mask[:, :, 1:])  # a first token is never predicted
-    order = np.argsort(row_of[b], kind="stable")
-    b, k, t = b[order], k[order], t[order] + 1
-    at = row_of[b], np.arange(len(b)) - np.searchsorted(row_of[b], row_of[b])
+    def by_row(b, *others):
+        """Things of prompts b, and what else is said of them, in the order of their rows; and their places there."""
+        order = np.argsort(row_of[b], kind="stable")
+        rows = row_of[b[order]]
+        return *(x[order] for x in (b, *others)), (rows, np.arange(len(b)) - np.searchsorted(rows, rows))
+
+    b, k, t, at = by_row(*np.nonzero(response_mask[:, :, 1:]))
+    t = t + 1  # a first token is never predicted
     packed |= {name: np.zeros((N, A), np.int32) for name in ("before", "targets", "places")}
     packed["owners"] = np.full((N, A), -1, np.int32)
     packed["before"][at], packed["targets"][at] = slot(b, k, t - 1), tokens[b, k, t]
@@ -575,10 +585,11 @@ def pack_answers(
         b * K + k,
     )
 
-    b, k = np.nonzero(lengths)
-    ends = np.zeros((B, K), np.int32)
-    ends[b, k] = row_of[b] * T + slot(b, k, lengths[b, k] - 1)
-    return PackedAnswers(**packed, ends=ends, lengths=response_mask[:, :, 1:].sum(axis=2, dtype=np.int32))
+    b, k, at = by_row(*np.nonzero(lengths))
+    packed["ends"], packed["answers"] = np.zeros((N, E), np.int32), np.zeros((B, K), np.int32)
+    packed["ends"][at] = slot(b, k, lengths[b, k] - 1)
+    packed["answers"][b, k] = at[0] * E + at[1]
+    return PackedAnswers(**packed, lengths=response_mask[:, :, 1:].sum(axis=2, dtype=np.int32))
 
 
 def stack_steps(examples: Sequence[StepExample], max_len: int, pad_id: int = 0) -> StepBatch:

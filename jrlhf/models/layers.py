@@ -13,6 +13,7 @@ from jrlhf.models.attention import LayerCache, Segments, attend, self_attention,
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.experts import combine_experts
 from jrlhf.models.rope import Rotation, rotate
+from jrlhf.ops.masking import Places, at_places
 from jrlhf.sharding import constrain
 
 
@@ -157,12 +158,15 @@ class Attention(nn.Module):
         cache: LayerCache | None,
         slot,
         prefix: LayerCache | None,
+        at: Places,
     ):
         """-> (what was attended to, keys). Without a cache T = S and the keys are this call's own. With one, the T keys
-        are written at `slot`. With a prefix, A rows next to each other see one row of it before their own keys."""
+        are written at `slot`. With a prefix, A rows next to each other see one row of it before their own keys. Only
+        the tokens `at` some places ask (without a cache)."""
         c = self.config
         n, k, h = c.n_heads, c.n_kv_heads, c.head_size
-        q = linear(self, "q", x_BTD, ("embed",), {"heads": n, "head_dim": h}, c.qkv_bias)
+        asking_BTD = at_places(x_BTD, at)
+        q = linear(self, "q", asking_BTD, ("embed",), {"heads": n, "head_dim": h}, c.qkv_bias)
         key = linear(self, "k", x_BTD, ("embed",), {"kv_heads": k, "head_dim": h}, c.qkv_bias)
         value = linear(self, "v", x_BTD, ("embed",), {"kv_heads": k, "head_dim": h}, c.qkv_bias)
         if c.qk_norm != "none":
@@ -170,7 +174,8 @@ class Attention(nn.Module):
             q = RMSNorm(c, ("head_dim",) if by_head else ("heads", "head_dim"), name="q_norm")(q)
             key = RMSNorm(c, ("head_dim",) if by_head else ("kv_heads", "head_dim"), name="k_norm")(key)
         if view.rotation is not None:
-            q, key = rotate(q, view.rotation), rotate(key, view.rotation)
+            q = rotate(q, Rotation(*(at_places(x, at) for x in view.rotation)))
+            key = rotate(key, view.rotation)
         q, key, value = (
             checkpoint_name(x, name) for x, name in ((q, "query"), (key, "key"), (value, "value"))
         )
@@ -181,7 +186,12 @@ class Attention(nn.Module):
         else:
             q = constrain(q, "batch", "length", "heads", "head_dim")
             cache = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
-            out = self_attention(c, q, cache, view.mask_BTS, segments, windowed, scale, prefix)
+            if at is None:
+                out = self_attention(c, q, cache, view.mask_BTS, segments, windowed, scale, prefix)
+            else:  # the kernels want all queries
+                mask_BAS = at_places(view.mask_BTS, at)
+                out = attend(q, cache, mask_BAS, scale, c.attention_softcap, prefix)
+                out = checkpoint_name(out, "attention")
         return linear(self, "o", out, ("heads", "head_dim"), {"embed": c.d_model}, c.o_bias), cache
 
 
@@ -261,17 +271,25 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD, windowed, views: Views, cache: LayerCache | None = None, slot=None, prefix=None
+        self,
+        x_BTD,
+        windowed,
+        views: Views,
+        cache: LayerCache | None = None,
+        slot=None,
+        prefix=None,
+        at: Places = None,
     ):
-        """-> (x, (new cache or None, balance [2, E] or None))."""
+        """-> (x, (new cache or None, balance [2, E] or None)). x is computed `at` some places of each row."""
         c = self.config
         before = lambda name, x: x if c.norm_placement == "post" else norm(c, name)(x)  # noqa: E731
         after = lambda name, x: x if c.norm_placement == "pre" else norm(c, name)(x)  # noqa: E731
         view = views.of(windowed)
 
         attended, cache = Attention(c, name="attn")(
-            before("attn_norm", x_BTD), view, views.segments, windowed, cache, slot, prefix
+            before("attn_norm", x_BTD), view, views.segments, windowed, cache, slot, prefix, at
         )
+        x_BTD = at_places(x_BTD, at)
         attended = after("attn_out_norm", attended)
         x_after_BTD = constrain(x_BTD + attended, "batch", "length", "act_embed")
         normed = before("mlp_norm", x_BTD if c.parallel_residual else x_after_BTD)

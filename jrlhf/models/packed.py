@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jrlhf.models.config import ModelConfig
-from jrlhf.models.transformer import Decoder, Model, causal_mask, scalar_heads
+from jrlhf.models.transformer import Model, causal_mask, scalar_heads
+from jrlhf.ops.masking import Places
 from jrlhf.types import PackedAnswers, Params
 
 
@@ -25,18 +26,18 @@ def window_spans(config: ModelConfig, length: int) -> bool:
     return not any(config.layers_windowed) or config.window >= length
 
 
-def packed_hidden(model: Model, params: Params, rows: PackedAnswers) -> jax.Array:
-    """Hidden states [N, T, D] after the final norm; of every token those that it has in an unpacked row.
+def packed_hidden(model: Model, params: Params, rows: PackedAnswers, at: Places = None) -> jax.Array:
+    """Hidden states [N, T, D] after the final norm, or `at` some places of each row; of every token those that it has
+    in an unpacked row.
 
     The sequences must fit into the model's window, if it has one (`window_spans`).
     """
     config, length = model.config, rows.tokens.shape[1]
     if any(config.layers_windowed):
         config = replace(config, window=max(config.window, length))  # none in terms of slots
-    decoder = Decoder(config, model.head, model.heads)
-    # Flax's `apply` is typed as if it might return updated variables beside the result.
-    hidden_NTD, _ = decoder.apply({"params": params}, rows.tokens, rows.positions, packed_mask(rows))  # type: ignore[misc]
-    return hidden_NTD
+    return replace(model, config=config).states(
+        params, rows.tokens, rows.positions, packed_mask(rows), at=at
+    )[0]
 
 
 def packed_logprobs(model: Model, params: Params, rows: PackedAnswers) -> jax.Array:
@@ -44,15 +45,14 @@ def packed_logprobs(model: Model, params: Params, rows: PackedAnswers) -> jax.Ar
 
     Only the states that predict them reach the head.
     """
-    hidden_NTD = packed_hidden(model, params, rows)
-    before_NAD = jnp.take_along_axis(hidden_NTD, rows.before[..., None], axis=1)
+    before_NAD = packed_hidden(model, params, rows, rows.before)
     return model.logprobs_of_hidden(params, before_NAD, rows.targets, 1.0, rows.owners >= 0)[0]
 
 
 def packed_scores(model: Model, params: Params, rows: PackedAnswers) -> jax.Array:
     """Every scalar head at each answer's last token, [B, K, n] float32; those of missing answers mean nothing."""
-    scores_NTn = scalar_heads(params["score"], packed_hidden(model, params, rows))
-    return scores_NTn.reshape(-1, scores_NTn.shape[-1])[rows.ends]
+    scores_NEn = scalar_heads(params["score"], packed_hidden(model, params, rows, rows.ends))
+    return scores_NEn.reshape(-1, scores_NEn.shape[-1])[rows.answers]
 
 
 @dataclass(frozen=True)

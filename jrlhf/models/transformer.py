@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from jrlhf.models.attention import LayerCache, Segments, empty_cache, platform
+from jrlhf.models.attention import LayerCache, Segments, attention_implementation, empty_cache, platform
 from jrlhf.models.config import LoRAConfig, ModelConfig, Remat
 from jrlhf.models.layers import Block, View, Views, fan_in, gathered, logical, norm, product
 from jrlhf.models.lora import join, split
@@ -26,7 +26,7 @@ from jrlhf.models.rope import rotation
 from jrlhf.ops.distillation import chunked_divergence
 from jrlhf.ops.kl import full_kl
 from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy, weighted_logprobs
-from jrlhf.ops.masking import positions_from_mask
+from jrlhf.ops.masking import Places, at_places, positions_from_mask
 from jrlhf.sharding import batch_ways, constrain, path_names
 from jrlhf.types import Params
 
@@ -244,16 +244,18 @@ class Model:
         leaves, _ = jax.tree_util.tree_flatten_with_path(boxed["params"], is_leaf=is_box)
         return {path_names(path): box.names for path, box in leaves}
 
-    def hidden(self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None) -> jax.Array:
-        """Hidden states [B, T, D] after the final norm.
+    def hidden(
+        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None, at: Places = None
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm, or [B, A, D] `at` some places of each row.
 
         `segment_ids` (0 = padding, any side) may be a bool mask; without `positions` they count real tokens
         of a row, so packed rows must pass them.
         """
-        return self.hidden_and_balance(params, tokens_BT, segment_ids_BT, positions_BT)[0]
+        return self.hidden_and_balance(params, tokens_BT, segment_ids_BT, positions_BT, at)[0]
 
     def hidden_and_balance(
-        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None
+        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None, at: Places = None
     ) -> tuple[jax.Array, jax.Array]:
         """`hidden`, and the load-balancing loss of a mixture of experts (0 for a dense model).
 
@@ -263,10 +265,56 @@ class Model:
         if positions_BT is None:
             positions_BT = positions_from_mask(segment_ids_BT != 0)
         mask_BTT, segments = causal_mask(segment_ids_BT), Segments(segment_ids_BT, segment_ids_BT)
-        hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT, segments)
+        hidden, balance = self.states(params, tokens_BT, positions_BT, mask_BTT, segments, at)
         if balance is None:
-            return hidden_BTD, jnp.float32(0.0)
-        return hidden_BTD, self.config.moe.experts * jnp.sum(balance[0] * balance[1])
+            return hidden, jnp.float32(0.0)
+        return hidden, self.config.moe.experts * jnp.sum(balance[0] * balance[1])
+
+    def states(
+        self,
+        params: Params,
+        tokens_BT,
+        positions_BT,
+        mask_BTT,
+        segments: Segments | None = None,
+        at: Places = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Hidden states [B, T, D] or [B, A, D] of tokens that see what a mask says, and a `Decoder`'s balance.
+
+        Nothing reads the last layer but `at` these places: its queries and its feed-forward block are computed there
+        alone, where that saves enough (`_ends_early`).
+        """
+        c = self.config
+        if not self._ends_early(tokens_BT.shape[1], at):
+            hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT, segments)
+            return at_places(hidden_BTD, at), balance
+        slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        views = layer_views(c, positions_BT, mask_BTT, slots, slots, segments)
+
+        def layer(x_BTD, of_layer):
+            weights, windowed = of_layer
+            return _apply(Block(c), weights, x_BTD, windowed, views)[0], None
+
+        def last_layer(x_BTD, weights):
+            return _apply(Block(c), weights, x_BTD, c.layers_windowed[-1], views, None, None, None, at)[0]
+
+        if (kept := kept_of_layers(c)) != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[kept], prevent_cse=False)
+            last_layer = jax.checkpoint(last_layer, policy=REMAT[kept])
+        x_BTD = _apply(Embed(c), params["embed"], tokens_BT, positions_BT)
+        before, last = (jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in (slice(-1), -1))
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (before, jnp.asarray(c.layers_windowed[:-1])))
+        return _apply(norm(c, "final_norm"), params["final_norm"], last_layer(x_BTD, last)), None
+
+    def _ends_early(self, length: int, at: Places) -> bool:
+        """Whether the last layer is computed at some places alone. For deep models it is not worth a second program of
+        a layer; experts are balanced over all tokens; and a kernel of all queries beats XLA's attention of many."""
+        c = self.config
+        if at is None or c.moe.experts:
+            return False
+        share = (len(range(*at.indices(length))) if isinstance(at, slice) else at.shape[1]) / length
+        few = attention_implementation(c, length, length) == "xla" or share <= 1 / 8
+        return few and (1 - share) / c.n_layers >= 0.05
 
     def lm_kernel(self, params: Params) -> jax.Array:
         """[D, V] float32: the head that makes logits of hidden states."""
@@ -358,7 +406,7 @@ class Model:
                     f"{len(tokens_BT)} rows in groups of {group}: they must divide, and their positions are counted"
                 )
             return self.hidden_of_groups(params, tokens_BT, segment_ids_BT, start, group)
-        return self.hidden(params, tokens_BT, segment_ids_BT, positions_BT)[:, start - 1 : -1]
+        return self.hidden(params, tokens_BT, segment_ids_BT, positions_BT, at=slice(start - 1, -1))
 
     def hidden_of_groups(self, params: Params, tokens_BT, mask_BT, start: int, group: int) -> jax.Array:
         """Hidden states that predict tokens [start, T): [B, T - start, D].
@@ -442,13 +490,17 @@ class Model:
             return chunked_divergence(capped, (hidden_BTD, other_BTD), kernels, chunk=chunk)
         return compare(self.logits(params, hidden_BTD), other.logits(other_params, other_BTD))
 
-    def scores(self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None) -> jax.Array:
-        """Scalar head at every token, [B, T] float32."""
-        return scalar_head(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT))
+    def scores(
+        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None, at: Places = None
+    ) -> jax.Array:
+        """Scalar head at every token, [B, T] float32, or `at` some, [B, A]."""
+        return scalar_head(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT, at))
 
-    def head_scores(self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None) -> jax.Array:
-        """Every scalar head at every token, [B, T, n] float32."""
-        return scalar_heads(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT))
+    def head_scores(
+        self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None, at: Places = None
+    ) -> jax.Array:
+        """Every scalar head at every token, [B, T, n] float32, or `at` some, [B, A, n]."""
+        return scalar_heads(params["score"], self.hidden(params, tokens_BT, segment_ids_BT, positions_BT, at))
 
     # --- decoding: the same blocks, unrolled, with an explicit cache -------------------------------------------
 

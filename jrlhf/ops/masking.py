@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jrlhf.types import Array
 
 Axis = int | tuple[int, ...] | None
+Places = Array | slice | None  # of each row: [B, A] int32, or the same of all rows; None is all of them
 
 
 def masked_sum(x: Array, mask: Array, axis: Axis = None) -> jax.Array:
@@ -63,6 +64,15 @@ def last_token_index(mask: Array) -> jax.Array:
     """Index of the last set position along the last axis, [..., T] -> [...] int32; 0 for an empty row."""
     slots = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     return jnp.max(jnp.where(mask.astype(bool), jnp.broadcast_to(slots, mask.shape), 0), axis=-1)
+
+
+def at_places(x: Array, at: Places) -> jax.Array:
+    """x [B, T, ...] at some places of each row, [B, A, ...]; `at` is None for all of them."""
+    if at is None:
+        return jnp.asarray(x)
+    if isinstance(at, slice):
+        return jnp.asarray(x[:, at])
+    return jnp.take_along_axis(jnp.asarray(x), at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def lengthened(x: jax.Array, axis: int, more: int) -> jax.Array:

@@ -194,7 +194,7 @@ def _packed_logprobs(
 def shape_of(batch: PairBatch | RankedBatch | PreferenceBatch) -> tuple[int, int]:
     """Prompts, and answers to each."""
     if isinstance(batch.tokens, PackedAnswers):
-        b, k = batch.tokens.ends.shape
+        b, k = batch.tokens.answers.shape
     else:
         b, k, _ = batch.tokens.shape
     return b, k

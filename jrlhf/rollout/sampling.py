@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.config import UserError, no_fingerprint
+from jrlhf.models.attention import platform
 from jrlhf.sharding import RULES
 
 NEG = -1e30  # a logit that is never sampled; finite, so that no NaN can come of it
@@ -120,7 +121,7 @@ def _sorting_is_dear() -> bool:
     """Whether top-k of a row costs more than a few dozen passes over it: on a TPU, or where the mesh splits it."""
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and any(mesh.shape[axis] > 1 for axis in RULES["vocab"])
-    return split or jax.default_backend() == "tpu"
+    return split or platform() == "tpu"
 
 
 def _filter_by_bits(x_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -231,6 +232,6 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, steps_B: jax.Array) -> jax.Arr
     """A token per row, each at a step of its own. Inverse CDF, except on a TPU, where Gumbel noise is cheaper than the
     gathers."""
     keys_B = jax.vmap(jax.random.fold_in)(keys_B, steps_B)
-    if jax.default_backend() == "tpu":
+    if platform() == "tpu":
         return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
     return inverse_cdf(logits_BV, jax.vmap(lambda k: jax.random.uniform(k, dtype=jnp.float32))(keys_B))

@@ -262,8 +262,8 @@ class Packing:
     """How answers in memory are packed (`PackedAnswers`): rows of one length, in which as many prompts are as fit.
 
     arrays: a PreferenceBatch, PairBatch or RankedBatch of numpy arrays, padded on the right. parts: the microbatches of
-    a batch, each of which has rows of its own. `length` is that of the longest prompt with all its answers, `targets`
-    a quarter more than the answers' tokens that a row has on average.
+    a batch, each of which has rows of its own. `length` is that of the longest prompt with all its answers. `targets`
+    is a quarter more than the answers' tokens that a row has on average, and `answers` as much more than its answers.
     """
 
     def __init__(self, arrays: Any, mesh: Mesh, parts: int = 1):
@@ -272,10 +272,12 @@ class Packing:
         shared, lengths = shared_tokens(*self._padded), arrays.mask.sum(axis=2)
         tokens = shared + np.maximum(lengths - shared[:, None], 0).sum(axis=1)
         targets = arrays.response_mask[:, :, 1:].sum(axis=(1, 2))
-        self._sizes = np.stack([tokens, targets], axis=1)
+        answers = (lengths > 0).sum(axis=1)
+        self._sizes = np.stack([tokens, targets, answers], axis=1)
         self.length = -(-int(tokens.max()) // 8) * 8
-        usual = 1.25 * self.length * targets.sum() / tokens.sum()
-        self.targets = min(-(-int(max(targets.max(), usual, 1)) // 8) * 8, self.length)
+        usual = 1.25 * self.length / tokens.sum()  # times what all have: what a row has room for
+        self.targets = min(-(-int(max(targets.max(), usual * targets.sum(), 1)) // 8) * 8, self.length)
+        self.answers = math.ceil(max(answers.max(), usual * answers.sum()))
 
     def unit(self, size: int) -> int:
         """Rows come in multiples of this, in batches of `size` prompts."""
@@ -290,7 +292,7 @@ class Packing:
 
     def batch(self, index: np.ndarray, rows: int) -> Any:
         """The numbered prompts as a batch of numpy arrays, packed into so many rows; those that are left are empty."""
-        shape = rows // self._parts, self.length, self.targets
+        shape = rows // self._parts, self.length, self.targets, self.answers
         packed = []
         for i in range(self._parts):
             own = index[i :: self._parts]
@@ -302,7 +304,7 @@ class Packing:
         return take(others, index)._replace(tokens=merged)
 
     def _bins(self, index: np.ndarray) -> np.ndarray:
-        return first_fit(self._sizes[index], (self.length, self.targets))
+        return first_fit(self._sizes[index], (self.length, self.targets, self.answers))
 
 
 class BatchFeed:
@@ -334,45 +336,100 @@ class BatchFeed:
             self._feed.close()
 
 
-SHAPES = 4  # numbers of rows that packed batches may have: each is a program of its own
+SHAPES = 4  # sizes that batches may have: each is a program of its own
 
 
-class PackedFeed(BatchFeed):
-    """The same prompts in the same steps, packed (`Packing`).
+class SizedFeed(BatchFeed):
+    """Batches of which each is as large as its rows need: of one of at most SHAPES sizes (one, in short runs).
 
-    Batches have one of at most SHAPES numbers of rows (one, in short runs), which are evenly spaced and were chosen by
-    what the steps of the run need: all of them, or a sample where they are many. A step that needs more than any of
-    these has the next larger number.
+    The sizes are evenly spaced and were chosen by what the steps of the run need: all of them, or a sample where they
+    are many. A step that needs more than any of these has the next larger one.
+
+    needs: rows by number -> the size that they need. cut: (rows by number, size) -> a batch of numpy arrays. Sizes are
+    multiples of `unit`, of which there are at most `shapes`.
     """
 
-    def __init__(self, arrays: Any, batch_size: int, seed: int, mesh: Mesh, steps: int, parts: int = 1):
+    def __init__(
+        self,
+        arrays: Any,
+        batch_size: int,
+        seed: int,
+        mesh: Mesh,
+        steps: int,
+        needs: Callable[[np.ndarray], int],
+        cut: Callable[[np.ndarray, int], Any],
+        unit: int,
+        shapes: int = SHAPES,
+    ):
         super().__init__(arrays, batch_size, seed, mesh)
-        self._packing = Packing(arrays, mesh, parts)
+        self._needs, self._cut = needs, cut
         sample = np.unique(np.linspace(0, steps - 1, min(steps, 256)).astype(int))
-        needed = {int(step): self._packing.rows(self._batches.indices(int(step))) for step in sample}
-        unit = self._packing.unit(batch_size)
-        self._least, self._unit = max(needed.values()) if steps < 50 * SHAPES else 0, unit
-        while len({self._size(rows) for rows in needed.values()}) > SHAPES:
+        needed = {int(step): needs(self._batches.indices(int(step))) for step in sample}
+        self._least, self._unit = 0, unit
+        if steps < 50 * shapes:
+            self._least = max(self._size(n) for n in needed.values())
+        while len({self._size(n) for n in needed.values()}) > shapes:
             self._unit += unit
-        self._least = min(self._size(rows) for rows in needed.values())
-        self._examples = {self._size(rows): step for step, rows in needed.items()}  # a step of each
+        self._least = min(self._size(n) for n in needed.values())
+        self._examples = {self._size(n): step for step, n in needed.items()}  # a step of each
 
-    def _size(self, rows: int) -> int:
-        """Rows of a batch that needs so many."""
-        return max(-(-rows // self._unit) * self._unit, self._least)
+    def _size(self, needed: int) -> int:
+        return max(-(-needed // self._unit) * self._unit, self._least)
 
-    def _pack(self, index: np.ndarray) -> Any:
-        return self._packing.batch(index, self._size(self._packing.rows(index)))
+    def _batch(self, index: np.ndarray) -> Any:
+        return self._cut(index, self._size(self._needs(index)))
 
     def _put(self, index: np.ndarray) -> Any:
-        return put_batch(self._mesh, self._pack(index))
+        return put_batch(self._mesh, self._batch(index))
 
     def shapes(self) -> list[Any]:
         """A batch of each size as shapes on the mesh, the largest first."""
         sharding = batch_sharding(self._mesh)
         struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
         steps = [step for _, step in sorted(self._examples.items(), reverse=True)]
-        return [jax.tree.map(struct, self._pack(self._batches.indices(step))) for step in steps]
+        return [jax.tree.map(struct, self._batch(self._batches.indices(step))) for step in steps]
+
+
+class PackedFeed(SizedFeed):
+    """The same prompts in the same steps, packed (`Packing`) into as many rows as they need."""
+
+    def __init__(self, arrays: Any, batch_size: int, seed: int, mesh: Mesh, steps: int, parts: int = 1):
+        packing = Packing(arrays, mesh, parts)
+        unit = packing.unit(batch_size)
+        super().__init__(arrays, batch_size, seed, mesh, steps, packing.rows, packing.batch, unit)
+
+
+class TargetFeed(SizedFeed):
+    """Sequences `with_targets`, with room for as many as the row of a batch with the most of them has.
+
+    Two sizes: what is beyond a batch's targets costs the last layer and the head alone, less than a program more.
+    """
+
+    def __init__(self, arrays: SequenceBatch, batch_size: int, seed: int, mesh: Mesh, steps: int):
+        counts = np.sum(arrays.targets >= 0, axis=1)
+
+        def cut(index: np.ndarray, size: int) -> SequenceBatch:
+            batch = take(arrays, index)
+            return batch._replace(targets=batch.targets[:, :size])
+
+        super().__init__(
+            arrays,
+            batch_size,
+            seed,
+            mesh,
+            steps,
+            lambda index: int(counts[index].max()),
+            cut,
+            unit=8,
+            shapes=2,
+        )
+
+
+def feed_of(arrays: SequenceBatch, batch_size: int, seed: int, mesh: Mesh, steps: int) -> BatchFeed:
+    """Batches of sequences for `steps` steps."""
+    if isinstance(arrays.targets, tuple):
+        return BatchFeed(arrays, batch_size, seed, mesh)
+    return TargetFeed(arrays, batch_size, seed, mesh, steps)
 
 
 @dataclass(frozen=True)

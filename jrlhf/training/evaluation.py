@@ -13,17 +13,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.models.attention import platform
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import Stream, pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
 from jrlhf.rollout.stops import stop_table
-from jrlhf.sharding import batch_ways, fetch, leads, put_batch
+from jrlhf.sharding import DEVICE, batch_ways, check_batch, fetch, leads, placed, put_batch
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.rewards import Reward, Texts, on_host_scores, read_texts
 from jrlhf.types import Params, Prompts, Rollout
 
 BLOCK = 1024  # rows that one call draws, where there are many
-SLOTS = {"cpu": 16}  # rows sampled at a time on each device, by backend
+SLOTS = {"cpu": 16}  # rows sampled at a time on each device, by platform
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class Sampler:
     ) -> Rollout:
         """`group` responses to each prompt, next to each other, on the devices: one call of `rollout`.
 
-        The rows must divide over the mesh. `first_row` numbers the first of them, for its draws.
+        `first_row` numbers the first of them, for its draws. UserError where the rows do not divide over the mesh:
+        `sample` fills them up, this does not.
         """
         rows, ways = len(ids) * group, batch_ways(self.mesh)
+        check_batch(self.mesh, rows, f"answers to draw ({len(ids)} prompts x {group})")
         # Prompts are split over the mesh: where there are too few, some are given several times.
         copies = next(n for n in range(1, group + 1) if group % n == 0 and len(ids) * n % ways == 0)
         prompts = self.put_prompts([row for row in ids for _ in range(copies)])
-        slots = (self.config.slots or SLOTS.get(jax.default_backend(), 256) * ways) // ways * ways or ways
+        slots = (self.config.slots or SLOTS.get(platform(), 256) * ways) // ways * ways or ways
         return rollout(
             self.model, params, prompts, key, self.sampling, group // copies, slots if slots < rows else 0, first_row,
             stream=stream,
@@ -159,7 +162,8 @@ class Probe:
         """eval/<reward>/mean, eval/kl/mean (k1 to the reference), eval/length/mean, eval/ended/mean."""
         samples = self._sampler.sample(params, self._ids, jax.random.fold_in(self._key, step))
         texts = read_texts(samples, self._rows, self._sampler.tokenizer)
-        kl = np.sum(samples.logprobs, axis=1) - self._scorer.logprobs(self._ref_params, samples)
+        of_reference = self._scorer.logprobs(placed(self._ref_params, DEVICE), samples)
+        kl = np.sum(samples.logprobs, axis=1) - of_reference
         values = {r.name: score(r, samples, texts, self._sampler.mesh) for r in self._rewards}
         if leads():
             self._write(step, texts, values)

@@ -36,6 +36,7 @@ from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.kl import full_kl
 from jrlhf.ops.logprobs import logprobs_and_entropy
+from jrlhf.ops.masking import Places, at_places
 from jrlhf.ops.pairs import Answers, PreferenceLoss
 from jrlhf.types import (
     Algorithm,
@@ -70,14 +71,15 @@ class TableModel:
     def whole(self, trained: Params, frozen: Params | None) -> Params:
         return trained
 
-    def hidden(self, params: Array, tokens: Array, mask: Array) -> jax.Array:
-        """[B, 1 + L, V] logits of what follows each position; after the last one nothing does, and zeros stand."""
+    def hidden(self, params: Array, tokens: Array, mask: Array, at: Places = None) -> jax.Array:
+        """[B, 1 + L, V] logits of what follows each position; after the last one nothing does, and zeros stand.
+        `at` some places, [B, A, V]."""
         if tokens.shape[1] != PROMPT + self.space.length:
             raise ValueError(
                 f"tokens {tokens.shape} are not a prompt of {PROMPT} and {self.space.length} more"
             )
         rows = self.space.rows(params, tokens[:, PROMPT:])
-        return jnp.concatenate([rows, jnp.zeros_like(rows[:, :1])], axis=1)
+        return at_places(jnp.concatenate([rows, jnp.zeros_like(rows[:, :1])], axis=1), at)
 
     def logits(self, params: Array, hidden: jax.Array) -> jax.Array:
         return hidden
@@ -87,7 +89,7 @@ class TableModel:
 
     def logprobs(self, params, tokens, mask, start: int = 1, temperature=1.0) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities and entropies of tokens [start, 1 + L), each [B, 1 + L - start]."""
-        hidden = self.hidden(params, tokens, mask)[:, start - 1 : -1]
+        hidden = self.hidden(params, tokens, mask, at=slice(start - 1, -1))
         return self.logprobs_of_hidden(params, hidden, tokens[:, start:], temperature)
 
     def divergence(
@@ -102,15 +104,14 @@ class TableModel:
         other: "TableModel | None" = None,
     ) -> jax.Array:
         """`of` the two next-token distributions at each position, [B, 1 + L - start]."""
-        hidden = self.hidden(params, tokens, mask)[:, start - 1 : -1]
-        constant = (other or self).hidden(jax.lax.stop_gradient(other_params), tokens, mask)[
-            :, start - 1 : -1
-        ]
+        at = slice(start - 1, -1)
+        hidden = self.hidden(params, tokens, mask, at)
+        constant = (other or self).hidden(jax.lax.stop_gradient(other_params), tokens, mask, at)
         return of(hidden / temperature, constant / temperature)
 
-    def scores(self, params: Array, tokens: Array, mask: Array) -> jax.Array:
-        """A tabular critic's value of what has been read at each position, [B, 1 + L]."""
-        return self.hidden(params, tokens, mask)
+    def scores(self, params: Array, tokens: Array, mask: Array, at: Places = None) -> jax.Array:
+        """A tabular critic's value of what has been read at each position, [B, 1 + L], or `at` some, [B, A]."""
+        return self.hidden(params, tokens, mask, at)
 
 
 class Learner(NamedTuple):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from scipy.special import softmax
@@ -81,8 +80,7 @@ def verdict_ids(tokenizer: Tokenizer, verdicts: Sequence[str]) -> tuple[int, ...
 @partial(jax.jit, static_argnums=(0, 1))
 def verdict_logits(model: Model, verdicts: tuple[int, ...], params: Params, tokens, mask) -> jax.Array:
     """Logits of the verdicts' tokens after each sequence, tokens and mask [B, T] -> [B, K] float32."""
-    hidden = model.hidden(params, tokens, mask)
-    last = jnp.take_along_axis(hidden, last_token_index(mask)[:, None, None], axis=1)
+    last = model.hidden(params, tokens, mask, at=last_token_index(mask)[:, None])
     return model.logits(params, last)[:, 0][:, np.asarray(verdicts)]
 
 

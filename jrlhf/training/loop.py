@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import STOP, Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
-from jrlhf.sharding import fetch, leads, moved, on_host, path_names, state_shardings
+from jrlhf.sharding import HOST, fetch, leads, moved, on_host, path_names, placed, state_shardings
 from jrlhf.training.monitors import Monitor, Snapshots
 from jrlhf.types import TrainState
 
@@ -35,6 +36,8 @@ class LoopConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # a NaN or infinite loss: stop, or leave out that update
     # The optimiser's state lies in the host's memory between steps; each moves it whole, there and back
     offload_optimizer: bool = no_fingerprint(False)
+    # The frozen reference lies in the host's memory, and is moved whole to where it is read
+    offload_reference: bool = no_fingerprint(False)
     checkpoint_every: int = no_fingerprint(100)  # steps between checkpoints; 0: only when asked to stop
     keep_last: int = no_fingerprint(2)
     keep_best: str = no_fingerprint("")  # a metric: the checkpoint at which it was best is kept as well
@@ -69,7 +72,12 @@ def stage_key(ctx: StageContext) -> jax.Array:
 
 
 def sharded_state(
-    mesh: Mesh, axes: dict, init: Callable[..., TrainState], *args: Any, offload_optimizer: bool = False
+    mesh: Mesh,
+    axes: dict,
+    init: Callable[..., TrainState],
+    *args: Any,
+    offload_optimizer: bool = False,
+    offload_reference: bool = False,
 ) -> tuple[Any, Callable, Any]:
     """(template, make, frozen): the state's shapes with shardings, a function that computes it in place, and the
     parameters that are never trained (`ref_params`), which the loop keeps beside the state.
@@ -78,10 +86,16 @@ def sharded_state(
     donates its state, and the parameters it started from may be in use as the reference. The frozen ones are `args`'
     own arrays: not copied, not donated, not saved with each checkpoint.
 
-    offload_optimizer: `opt_state` is kept in the host's memory (UserError where the devices reach none).
+    offload_optimizer: `opt_state` is kept in the host's memory; offload_reference: the frozen parameters are (UserError
+    where the devices reach none). The latter leaves the devices only if `args` are there already: who holds these while
+    they train holds what lies on the devices, too.
     """
     frozen = _given(lambda *args: init(*args).ref_params, *args)
-    trained = lambda *args: init(*args)._replace(ref_params=None)  # noqa: E731
+    here: Callable[[Any], Any] = lambda args: args  # noqa: E731
+    if offload_reference:
+        on_host(mesh, None, "loop.offload_reference")
+        frozen, here = placed(frozen, HOST), partial(moved, space=jax.memory.Space.Device)
+    trained = lambda *args: init(*here(args))._replace(ref_params=None)  # noqa: E731
     abstract = jax.eval_shape(trained, *args)
     shardings = state_shardings(mesh, abstract, axes)
     if offload_optimizer:
@@ -97,7 +111,9 @@ def sharded_state(
 def _given(f: Callable[..., Any], *args: Any) -> Any:
     """`f(*args)` where it only hands on what it is given: the arguments' own arrays. A jitted function's results
     would be copies."""
-    traced, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    # Of the arguments' shapes alone: where they lie in the host's memory, nothing could be computed with them.
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    traced, shapes = jax.make_jaxpr(f, return_shape=True)(*like)
     own = dict(zip(traced.jaxpr.invars, jax.tree.leaves(args), strict=True))
     if any(x not in own for x in traced.jaxpr.outvars):
         raise ValueError("an algorithm's init computes its ref_params; they must be among its arguments")
@@ -116,12 +132,17 @@ def is_finite(metrics: dict) -> jax.Array:
     )
 
 
+def fetched(frozen: Any, config: LoopConfig) -> Any:
+    """The frozen parameters within a jitted function that reads them. (What it does not read is never moved.)"""
+    return moved(frozen, jax.memory.Space.Device) if config.offload_reference else frozen
+
+
 def guarded(train_step: Callable, config: LoopConfig) -> Callable:
     """(state, frozen, batch) -> (state, metrics): the step with the frozen parameters beside the state; with
     `on_nonfinite="skip"` the old parameters are kept when its loss is not finite."""
 
     def plain(state: TrainState, frozen: Any, batch):
-        new, metrics = train_step(state._replace(ref_params=frozen), batch)
+        new, metrics = train_step(state._replace(ref_params=fetched(frozen, config)), batch)
         return new._replace(ref_params=None), metrics
 
     def skipping(state: TrainState, frozen: Any, batch):

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import StageContext
 from jrlhf.sharding import check_batch
-from jrlhf.training.data import BatchFeed, PackedFeed, StreamFeed
+from jrlhf.training.data import BatchFeed, SizedFeed, StreamFeed
 from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
 from jrlhf.types import Algorithm, TrainState
 
@@ -33,8 +33,9 @@ def train_offline(
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state, frozen = sharded_state(
-        mesh, axes, algorithm.init, *start, offload_optimizer=loop.offload_optimizer
-    )
+        mesh, axes, algorithm.init, *start,
+        offload_optimizer=loop.offload_optimizer, offload_reference=loop.offload_reference,
+    )  # fmt: skip
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     feed: BatchFeed | StreamFeed
     where: dict[str, Any] = {}
@@ -46,7 +47,7 @@ def train_offline(
     else:
         feed = BatchFeed(arrays, loop.batch_size, ctx.seed, mesh)
 
-    if isinstance(feed, PackedFeed):
+    if isinstance(feed, SizedFeed):
         for shapes in feed.shapes():
             step.lower(template, frozen, shapes).compile()
 

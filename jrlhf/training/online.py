@@ -17,10 +17,19 @@ from jrlhf.data.batching import Batches, EasyFirst
 from jrlhf.data.curation import Curriculum
 from jrlhf.models.transformer import Model
 from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
-from jrlhf.sharding import batch_sharding, check_batch, fetch, put_batch, replicated, state_shardings
+from jrlhf.sharding import (
+    DEVICE,
+    batch_sharding,
+    check_batch,
+    fetch,
+    placed,
+    put_batch,
+    replicated,
+    state_shardings,
+)
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
-from jrlhf.training.loop import LoopConfig, guarded, sharded_state, train
+from jrlhf.training.loop import LoopConfig, fetched, guarded, sharded_state, train
 from jrlhf.training.monitors import Monitor
 from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate, score_metrics
 from jrlhf.types import Algorithm, Array, Params, Rollout, Scores, TrainState
@@ -82,11 +91,17 @@ def train_online(
     """
     check_batch(mesh, loop.batch_size, "loop.batch_size")
     template, make_state, frozen = sharded_state(
-        mesh, axes, algorithm.init, *start, offload_optimizer=loop.offload_optimizer
-    )
-    if algorithm.make_batch is None:
+        mesh, axes, algorithm.init, *start,
+        offload_optimizer=loop.offload_optimizer, offload_reference=loop.offload_reference,
+    )  # fmt: skip
+    batch_of = algorithm.make_batch
+    if batch_of is None:
         raise ValueError("this algorithm learns from a dataset: it has no make_batch")
-    make_batch = jax.jit(algorithm.make_batch)
+
+    @jax.jit
+    def make_batch(state: TrainState, frozen: Any, *rollout: Any, **earned: Any) -> Any:
+        return batch_of(state._replace(ref_params=fetched(frozen, loop)), *rollout, **earned)
+
     step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
     asked = loop.batch_size // config.group_size  # prompts of a round
     batches: Batches | EasyFirst = Batches(len(ids), asked, ctx.seed)
@@ -108,7 +123,7 @@ def train_online(
         if from_policy:
             params = draw_on.whole(state.params["policy"], frozen)
         else:
-            params = draw_on.sent(reference_params(state._replace(ref_params=frozen)))
+            params = draw_on.sent(placed(reference_params(state._replace(ref_params=frozen)), DEVICE))
         prompts = [ids[i] for i in batches.indices(number)]
         drawn = partial(draw_on, params, prompts, jax.random.fold_in(key, number), config.group_size)
         return Drawn(drawn(), drawn(greedy=True) if config.greedy_baseline else None)
@@ -168,7 +183,7 @@ def train_online(
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         earned = {} if scores.tokens is None else {"token_rewards": scores.tokens}
-        batch = make_batch(state._replace(ref_params=frozen), samples, scores.values, *more, **earned)
+        batch = make_batch(state, frozen, samples, scores.values, *more, **earned)
         state, metrics = step(state, frozen, batch)
         if texts is not None and overlap == "none":  # the host waited for it, so that its time is known
             extra["time/rollout"] = rolled - began

@@ -202,6 +202,22 @@ def test_packing_is_dense_and_keeps_windows_in_order():
     assert pack(sized, 7)["tokens"].tolist() == [[5] * 5 + [2] * 2, [4] * 4 + [3] * 3]
 
 
+def test_packed_rows_have_about_as_many_targets():
+    """All rows of a batch have room for as many as one of them has."""
+    rng = np.random.default_rng(4)
+    lengths = rng.integers(4, 30, 400)
+    learned = np.maximum(np.where(rng.random(400) < 0.2, lengths - 2, lengths // 8), 1)
+    examples = [
+        Example(np.ones(n, np.int32), np.arange(n) >= n - m) for n, m in zip(lengths, learned, strict=True)
+    ]
+    packed = pack(examples, 64)
+    targets, segments = packed["loss_mask"].sum(axis=1), packed["segment_ids"].max(axis=1)
+    assert targets.sum() == learned.sum()
+    usual = 64 * learned.sum() / lengths.sum()
+    assert np.all((targets <= 1.5 * usual + 1) | (segments == 1))
+    assert (packed["segment_ids"] > 0).mean() > 0.9
+
+
 def test_pack_texts_predicts_every_token_once(texts, tokenizer):
     documents = texts[:50]
     whole = [[tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_ids[0]] for t in documents]

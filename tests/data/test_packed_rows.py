@@ -28,10 +28,10 @@ def test_every_answer_can_be_read_back_from_its_row():
     tokens, mask, response = answers()
     shared = shared_tokens(tokens, mask, response)
     own = np.maximum(mask.sum(2) - shared[:, None], 0)
-    sizes = np.stack([shared + own.sum(1), response.sum((1, 2))], axis=1)
-    length, most = 40, 26
-    rows = first_fit(sizes, (length, most))
-    packed = pack_answers(tokens, mask, response, rows, (12, length, most))
+    sizes = np.stack([shared + own.sum(1), response.sum((1, 2)), mask.any(2).sum(1)], axis=1)
+    length, most, answers_most = 40, 26, 7
+    rows = first_fit(sizes, (length, most, answers_most))
+    packed = pack_answers(tokens, mask, response, rows, (12, length, most, answers_most))
     assert np.sum(packed.segment_ids > 0) == sizes[:, 0].sum()  # every prompt once, every answer once
     assert np.sum(packed.owners >= 0) == response.sum()
     flat = {
@@ -39,9 +39,9 @@ def test_every_answer_can_be_read_back_from_its_row():
     }
     for b in range(B):
         for k in np.flatnonzero(mask[b].any(1)):
-            end = packed.ends[b, k]
-            row = end // length
+            row, number = divmod(packed.answers[b, k], answers_most)
             assert row == rows[b]
+            end = row * length + packed.ends[row, number]
             # What the last token sees: its own segment's prompt and answer.
             seen = np.arange(row * length, end + 1)
             seen = seen[flat["segment_ids"][seen] == flat["segment_ids"][end]]
@@ -55,7 +55,7 @@ def test_every_answer_can_be_read_back_from_its_row():
             before = seen[np.flatnonzero(response[b, k]) - 1] - row * length
             np.testing.assert_array_equal(packed.before[row, mine], before)
         for k in np.flatnonzero(~mask[b].any(1)):
-            assert packed.lengths[b, k] == packed.ends[b, k] == 0
+            assert packed.lengths[b, k] == packed.answers[b, k] == 0
 
 
 def test_what_answers_share_ends_before_the_first_that_is_learned():

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import MESHES
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 from jrlhf.config import UserError
 from jrlhf.rollout.sampling import (
@@ -19,7 +21,7 @@ from jrlhf.rollout.sampling import (
     make_sampling,
     row_keys,
 )
-from jrlhf.sharding import make_mesh
+from jrlhf.sharding import MESH_AXES, make_mesh
 
 filtered = jax.jit(filter_logits)
 
@@ -132,6 +134,28 @@ def test_a_split_vocabulary_is_not_sorted():
             return "top_k" in str(jax.make_jaxpr(filter_logits)(x, sampling))
 
     assert [sorts(MESHES["data"]), sorts(MESHES["all"])] == [True, False]
+
+
+def test_the_way_is_that_of_the_platform_which_is_compiled_for():
+    """Of a mesh whose devices are not here, too: within the function that each of its shards runs."""
+    sampling = make_sampling(SamplingConfig(top_k=5), (1,), 0)
+    x = jax.ShapeDtypeStruct((4, WIDE), jnp.float32)
+
+    def token(x):
+        return draw(
+            filter_logits(x, sampling), row_keys(jax.random.key(0), len(x)), jnp.zeros(len(x), jnp.int32)
+        )
+
+    def ways(platform):
+        """(whether it sorts, whether it draws by sums)"""
+        device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
+        mesh = AbstractMesh((2, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+        with use_abstract_mesh(mesh):
+            here = jax.shard_map(token, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+            jaxpr = str(jax.make_jaxpr(here)(x))
+        return "top_k" in jaxpr, "cumsum" in jaxpr
+
+    assert [ways("tpu"), ways("gpu"), ways("cpu")] == [(False, False), (True, True), (True, True)]
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.3])

@@ -6,8 +6,8 @@ import pytest
 
 from jrlhf.config import MeshConfig
 from jrlhf.sharding import batch_ways, make_mesh
-from jrlhf.training.data import SHAPES, BatchFeed, PackedFeed, in_chunks
-from jrlhf.types import PreferenceBatch
+from jrlhf.training.data import SHAPES, BatchFeed, PackedFeed, TargetFeed, feed_of, in_chunks, with_targets
+from jrlhf.types import PreferenceBatch, SequenceBatch
 
 N, SIZE = 300, 32
 
@@ -81,3 +81,31 @@ def test_packed_chunks_come_back_in_the_order_of_the_rows(arrays, mesh):
     found = in_chunks(f, arrays, 64, mesh, packing=True)
     np.testing.assert_array_equal(found["margins"], arrays.margins)
     np.testing.assert_array_equal(found["lengths"], arrays.response_mask.sum(2))
+
+
+def test_batches_have_room_for_the_targets_of_their_rows(mesh):
+    """Of all rows few have many targets: most batches are spared their room, and none loses one."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(1, 30, (N, 64), np.int32)
+    learned = np.where(np.arange(N) % 60 == 7, 50, rng.integers(1, 12, N))
+    whole = SequenceBatch(tokens, np.ones_like(tokens), tokens * 0, np.arange(64) >= 64 - learned[:, None])
+    rows = with_targets(whole)
+    feed, all_targets = feed_of(rows, 16, 3, mesh, 400), BatchFeed(rows, 16, 3, mesh)
+    assert isinstance(feed, TargetFeed)
+    widths = []
+    try:
+        for step in range(40):
+            batch, same = feed(step), all_targets(step)
+            width = batch.targets.shape[1]
+            np.testing.assert_array_equal(batch.tokens, same.tokens)
+            np.testing.assert_array_equal(batch.targets, same.targets[:, :width])
+            assert np.all(np.asarray(same.targets)[:, width:] < 0)
+            widths.append(width)
+        assert {shape.targets.shape[1] for shape in feed.shapes()} == {*widths}
+        assert len({*widths}) == 2
+        assert np.mean(widths) < 0.7 * rows.targets.shape[1]
+    finally:
+        feed.close()
+        all_targets.close()
+    assert len(feed_of(rows, 16, 3, mesh, 50).shapes()) == 1
+    assert type(feed_of(whole, 16, 3, mesh, 50)) is BatchFeed

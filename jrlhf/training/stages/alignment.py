@@ -29,6 +29,7 @@ from jrlhf.training.stages.common import (
     check_answers,
     check_microbatches,
     check_reward,
+    fixed_reference,
     usable_prompts,
 )
 from jrlhf.training.stages.preferences import check_one_of
@@ -55,6 +56,9 @@ class AlignmentStage(FineTuningStage):
             name = type(self.algorithm).__name__  # type: ignore[attr-defined]
             hint = did_you_mean(name, [config.__name__ for config in known])
             raise UserError(f"algorithm: {name} is none that learns from {learns_from}.{hint}")
+
+    def no_reference(self) -> str:
+        return fixed_reference(self)
 
     def validate(self, stages):
         check_one_of(self)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jrlhf.config import (
@@ -18,12 +20,13 @@ from jrlhf.config import (
     stage_ref,
 )
 from jrlhf.metrics import progress
+from jrlhf.models.attention import LANES, attention_implementation
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.packed import window_spans
 from jrlhf.models.transformer import Model
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import check_batch, leads, make_mesh
-from jrlhf.training.artifacts import Loaded
+from jrlhf.sharding import HOST, check_batch, leads, make_mesh, on_host, placed
+from jrlhf.training.artifacts import Loaded, load_model
 from jrlhf.training.data import prompt_ids
 from jrlhf.training.evaluation import Sampler, prompt_slots
 from jrlhf.training.loop import LoopConfig, stage_key
@@ -69,7 +72,21 @@ class TrainingStage(ModelStage):
     loop: LoopConfig = field(kw_only=True)
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        check_batch(make_mesh(mesh), self.loop.batch_size, "loop.batch_size")
+        devices = make_mesh(mesh)
+        check_batch(devices, self.loop.batch_size, "loop.batch_size")
+        self.check_offload(devices)
+
+    def check_offload(self, mesh: Mesh) -> None:
+        """That the devices reach the memory in which `loop` keeps something, and that there is something to keep."""
+        for name in ("offload_optimizer", "offload_reference"):
+            if getattr(self.loop, name):
+                on_host(mesh, None, f"loop.{name}")
+        if self.loop.offload_reference and (reason := self.no_reference()):
+            raise UserError(f"loop.offload_reference: {reason}; leave it off")
+
+    def no_reference(self) -> str:
+        """Why `loop.offload_reference` would have nothing to move; "" where it has."""
+        return f"{type(self).__name__} has no reference"
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,25 @@ class FineTuningStage(TrainingStage):
 
     def needs_download(self, stages: Mapping[str, Stage]) -> bool:
         return model_stage(stages, self.start).needs_download(stages)
+
+    def load_start(self, ctx: StageContext, mesh: Mesh) -> Loaded:
+        """The model of `start`. With `loop.offload_reference` it lies in the host's memory: what is trained is a copy
+        on the devices, and whoever holds the start holds nothing there."""
+        loaded = load_model(ctx.parents[self.start], mesh)
+        if not self.loop.offload_reference:
+            return loaded
+        return replace(loaded, params=placed(loaded.params, HOST))
+
+
+def fixed_reference(stage: Any) -> str:
+    """`no_reference` of a stage whose reference is its start."""
+    if stage.lora.rank:
+        return "with adapters (lora) the reference is their base, which every pass needs"
+    if getattr(stage.algorithm, "ref_update_every", 0):
+        return "a reference that is refreshed (algorithm.ref_update_every) is part of what is trained"
+    if getattr(stage.algorithm, "reference", "") == "on_the_fly":
+        return "algorithm.reference 'on_the_fly' reads it in every step (with 'precomputed' none does)"
+    return ""
 
 
 def model_stage(stages: Mapping[str, Stage], name: str) -> ModelStage:
@@ -137,6 +173,12 @@ def check_answers(start: str, stages: Mapping[str, Stage], sampling: SamplingCon
             f"sampling.max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in the context of "
             f"{context} tokens of {start!r}; lower it"
         )
+
+
+def check_attention(mesh: Mesh, config: ModelConfig) -> None:
+    """That the devices have the kernel that the model names."""
+    with jax.set_mesh(mesh):
+        attention_implementation(config, LANES, LANES)
 
 
 def check_microbatches(stage) -> None:

@@ -16,8 +16,8 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import wilson_interval
 from jrlhf.ops.pairs import PairConfig, answers_of, pair_logprobs
 from jrlhf.optim import build_optimizer
-from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import begin, load_model, save_trained
+from jrlhf.sharding import DEVICE, make_mesh, placed
+from jrlhf.training.artifacts import begin, save_trained
 from jrlhf.training.data import (
     PackedFeed,
     check_plain,
@@ -72,6 +72,11 @@ class DirectAlignment(AlignmentStage):
         reads = {"weight": self.algorithm.reads_weights, "probability": self.algorithm.reads_certainty}
         return tuple(name for name, is_read in reads.items() if not is_read)
 
+    def no_reference(self) -> str:
+        if self.algorithm.reference_scored == "never":
+            return f"{type(self.algorithm).__name__} has no reference"
+        return super().no_reference()
+
     def plan(self, ctx):
         plan = preference_plan(self, ctx, "" if self.of_rankings else self.pairs)
         return with_references(plan, self, start_config(ctx.stages, self.start))
@@ -80,7 +85,7 @@ class DirectAlignment(AlignmentStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
-            policy = load_model(ctx.parents[self.start], mesh)
+            policy = self.load_start(ctx, mesh)
             model, tokenizer = policy.model, policy.tokenizer
             beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 1))
             trained = beginning.model
@@ -155,7 +160,7 @@ def scored(config: PairConfig, model: Model, ref_params, batch: Any, mesh: Mesh,
     """The batch (pairs or rankings) with the reference's log-probabilities, computed once; as it is without one."""
     if config.reference_scored == "never":
         return batch
-    f = partial(jitted_pair_logprobs, model, config.tail_weight, ref_params)
+    f = partial(jitted_pair_logprobs, model, config.tail_weight, placed(ref_params, DEVICE))
     logprobs = in_chunks(f, batch, chunk_rows(rows_of(batch), mesh), mesh, packing)
     return batch._replace(ref_logprobs=logprobs)
 

@@ -38,6 +38,7 @@ from jrlhf.training.data import (
     demonstration_batch,
     encode_cut_demonstration,
     encode_text,
+    feed_of,
     in_chunks,
     one_per_row,
     rows_of,
@@ -53,6 +54,7 @@ from jrlhf.training.stages.common import (
     ModelStage,
     TooLong,
     TrainingStage,
+    check_attention,
     check_length,
     check_microbatches,
     labelled,
@@ -111,6 +113,10 @@ class Pretrain(TrainingStage):
     def files(self):
         chat = self.chat.files() if self.chat else ()
         return super().files() + ((self.tokenizer.path,) if self.tokenizer.path else ()) + chat
+
+    def check_mesh(self, mesh):
+        super().check_mesh(mesh)
+        check_attention(make_mesh(mesh), self.model)
 
     def model_config(self, stages) -> ModelConfig:
         return replace(self.model, vocab_size=self.model.vocab_size or self.tokenizer.vocab_size)
@@ -189,6 +195,11 @@ class Checkpoint(ModelStage):
     def needs_download(self, stages) -> bool:
         return _named_by_hub(self.path)
 
+    def check_mesh(self, mesh):
+        super().check_mesh(mesh)
+        if not self.needs_download({}):
+            check_attention(make_mesh(mesh), self.model_config({}))
+
     def model_config(self, stages) -> ModelConfig:
         return config_from_hf(resolve_checkpoint(self.path), head=self.head, **self._ours())
 
@@ -225,6 +236,7 @@ class Checkpoint(ModelStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             config = self.model_config({})
+            check_attention(mesh, config)
             self._check_vocabulary(config, tokenizer)
             placed = lambda m: state_shardings(  # noqa: E731
                 mesh, jax.eval_shape(m.init, jax.random.key(0)), m.logical_axes()
@@ -321,9 +333,12 @@ def train_language_model(
     steps = stage.loop.steps if isinstance(kept, StreamFeed) else stage.loop.total_steps(rows_of(kept))
     algorithm = make_sft(stage.algorithm, model, build_optimizer(stage.optim, steps))
     whole = lambda state: model.whole(state.params["policy"], frozen)  # noqa: E731
+    feed = (
+        kept if isinstance(kept, StreamFeed) else feed_of(kept, stage.loop.batch_size, ctx.seed, mesh, steps)
+    )
     evaluate = lambda state, step: {"eval/loss": final_loss(model, whole(state), held, mesh)}  # noqa: E731
     state = train_offline(
-        ctx, mesh, stage.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), kept, evaluate
+        ctx, mesh, stage.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), feed, evaluate
     )
     return state.params["policy"]
 

@@ -27,7 +27,7 @@ from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import check_batch, make_mesh
+from jrlhf.sharding import batch_ways, check_batch, make_mesh
 from jrlhf.training.artifacts import Beginning, Loaded, begin, load_adapter, load_model, save_trained
 from jrlhf.training.data import text_batch
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
@@ -41,6 +41,7 @@ from jrlhf.training.stages.common import (
     TooLongPrompt,
     check_answers,
     check_reward,
+    fixed_reference,
     labelled,
     start_config,
     usable_prompts,
@@ -134,7 +135,7 @@ class RolloutStage(FineTuningStage):
             raise UserError(
                 f"loop.batch_size {size} (answers) is not divisible by algorithm.group_size {algorithm.group_size}"
             )
-        learned = size // algorithm.group_size * algorithm.learned_per_group
+        learned = self._learned
         if learned % (algorithm.parts * algorithm.shared_group):
             what = "" if learned == size else f", of which {learned} rows are learned from,"
             if algorithm.share_prompts:
@@ -165,8 +166,30 @@ class RolloutStage(FineTuningStage):
                 "importance sampling corrects: set algorithm.importance_cap (2 is usual)"
             )
 
+    def no_reference(self) -> str:
+        return fixed_reference(self)
+
     def check_mesh(self, mesh: MeshConfig) -> None:
-        self._meshes(mesh)
+        devices, _ = self._meshes(mesh)
+        self.check_offload(devices)
+        self._check_microbatches(devices)
+
+    def _check_microbatches(self, mesh: Mesh) -> None:
+        """That each device has rows of its own in every microbatch: else rows move from one to another all the time,
+        and no memory is saved."""
+        algorithm, ways = self.algorithm, batch_ways(mesh)
+        of_minibatch = self._learned // (algorithm.minibatches * algorithm.shared_group)
+        rows = of_minibatch // algorithm.microbatches
+        if algorithm.microbatches == 1 or rows % ways == 0:
+            return
+        what = "rows" if algorithm.shared_group == 1 else "groups that share a prompt"
+        fitting = f"a divisor of {of_minibatch // ways}" if of_minibatch % ways == 0 else "1"
+        raise UserError(
+            f"algorithm.microbatches {algorithm.microbatches}: {rows} {what} of each (loop.batch_size "
+            f"{self.loop.batch_size}, algorithm.minibatches {algorithm.minibatches}) do not divide over the mesh's "
+            f"{ways} batch shards (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}). Use {fitting}, or another "
+            "loop.batch_size."
+        )
 
     def _meshes(self, config: MeshConfig) -> tuple[Mesh, Mesh | None]:
         """(the mesh that trains, the one that only samples or None)"""
@@ -206,7 +229,7 @@ class RolloutStage(FineTuningStage):
         mesh, sampling_mesh = self._meshes(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
-            policy = load_model(ctx.parents[self.start], mesh)
+            policy = self.load_start(ctx, mesh)
             beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 4))
             model, tokenizer = beginning.model, policy.tokenizer
             limit = self.max_prompt or model.config.context - self.sampling.max_new_tokens
@@ -244,6 +267,11 @@ class RolloutStage(FineTuningStage):
             )  # fmt: skip
             save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
         return {"kl_coef": float(state.extra["kl_coef"])} | monitor.results()
+
+    @property
+    def _learned(self) -> int:
+        """Rows that an iteration's update learns from."""
+        return self.loop.batch_size // self.algorithm.group_size * self.algorithm.learned_per_group
 
     @property
     def watched(self) -> tuple[str, ...]:

@@ -173,6 +173,8 @@ def with_references(plan: Plan, stage, config: ModelConfig) -> Plan:
     """`plan` with the start that a policy is compared with, which stays in memory, and its refreshed successor."""
     if stage.lora.rank:
         return plan  # the adapters' base, which is counted
+    if stage.loop.offload_reference and getattr(stage.algorithm, "kl", "") != "full":
+        return plan  # it is in the host's memory while the policy is updated
     references = 1 + bool(getattr(stage.algorithm, "ref_update_every", 0))
     size = jnp.dtype(config.param_dtype).itemsize * config.n_params
     return replace(plan, memory_bytes=plan.memory_bytes + references * size)

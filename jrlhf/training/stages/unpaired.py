@@ -16,8 +16,8 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.intervals import auc_interval
 from jrlhf.ops.unpaired import UnpairedConfig, answer_logprobs
 from jrlhf.optim import build_optimizer
-from jrlhf.sharding import make_mesh
-from jrlhf.training.artifacts import begin, load_model, save_trained
+from jrlhf.sharding import DEVICE, make_mesh, placed
+from jrlhf.training.artifacts import begin, save_trained
 from jrlhf.training.data import best_and_worst, in_chunks, rows_of, split_by_prompt, unpaired_arrays
 from jrlhf.training.evaluation import chunk_rows
 from jrlhf.training.loop import stage_key
@@ -82,7 +82,7 @@ class UnpairedAlignment(AlignmentStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
-            policy = load_model(ctx.parents[self.start], mesh)
+            policy = self.load_start(ctx, mesh)
             model, tokenizer = policy.model, policy.tokenizer
             beginning = begin(policy, "lm", self.lora, jax.random.fold_in(key, 1))
             trained = beginning.model
@@ -187,6 +187,7 @@ def all_answer_logprobs(model: Model, params, answers: AnswerBatch, mesh: Mesh) 
 
 def with_reference(model: Model, ref_params, batch: UnpairedBatch, mesh: Mesh) -> UnpairedBatch:
     """The answers with the reference's log-probabilities, computed once."""
+    ref_params = placed(ref_params, DEVICE)
     score = lambda answers: answers._replace(  # noqa: E731
         ref_logprobs=all_answer_logprobs(model, ref_params, answers, mesh)
     )
