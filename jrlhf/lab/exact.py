@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import lambertw
 
 from jrlhf.config import UserError
 from jrlhf.ops.best_of_n import best_of_n_distribution
@@ -349,6 +348,8 @@ def sppo_optimum(world: World, preference: Array, beta: float) -> jax.Array:
     (Wu et al. 2024, eq. 4.7). No policy has all of these, as Σ π_ref·exp(h) > 1; the nearest one has
     h + c·exp(h) = (P - ½)/β with c such that it sums to 1 (Lagrange), that is h = (P - ½)/β - W(c·exp((P - ½)/β)).
     """
+    from scipy.special import lambertw  # slow to import
+
     ref = np.exp(np.asarray(world.ref_logprobs(), np.float64))
     ref = ref / ref.sum()
     wanted = (np.asarray(preference, np.float64) @ ref - 0.5) / beta

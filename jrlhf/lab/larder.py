@@ -347,6 +347,7 @@ def held_out_pairs() -> frozenset[tuple[str, str]]:
     return frozenset(pairs[: round(HELD_OUT_PAIR_SHARE * len(pairs))])
 
 
+@cache
 def _apart(a: str, b: str) -> bool:
     """Whether the two items must not meet in training text."""
     return a == b or (min(a, b), max(a, b)) in held_out_pairs()

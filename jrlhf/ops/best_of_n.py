@@ -1,11 +1,12 @@
 """Best-of-n: draw n answers, keep the one that a proxy reward likes best."""
 
 import numpy as np
-from scipy.special import gammaln
 
 
 def _log_binomial(a: np.ndarray, b: int) -> np.ndarray:
     """log C(a, b), -inf where a < b."""
+    from scipy.special import gammaln  # slow to import
+
     a = np.asarray(a, np.float64)
     safe = np.maximum(a, b)
     return np.where(a < b, -np.inf, gammaln(safe + 1) - gammaln(b + 1) - gammaln(safe - b + 1))

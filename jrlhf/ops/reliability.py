@@ -1,13 +1,12 @@
 """Who is to be believed, and what is then true: models of labellers of unequal care, fitted to their votes alone.
 
-Plain numpy on the host. A vote is a row of three arrays [V]: which item, which labeller, what was said.
+Plain numpy on the host; SciPy is slow to import, so that only who needs it does. A vote is a row of three arrays [V]:
+which item, which labeller, what was said.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 
 
 class DawidSkene(NamedTuple):
@@ -40,6 +39,8 @@ def dawid_skene(
     pseudo_count: added to every cell of the matrices and to each class (a Dirichlet prior), so that a few votes make
     nobody certain; on the diagonal of a matrix twice that, because people are right more often than not.
     """
+    from scipy.special import logsumexp
+
     n, people, classes = shape
     votes = np.zeros((n, classes))
     np.add.at(votes, (item, said), 1.0)
@@ -55,7 +56,7 @@ def dawid_skene(
         confusion /= confusion.sum(axis=2, keepdims=True)
         joint = np.tile(np.log(prior), (n, 1))
         np.add.at(joint, item, np.log(confusion)[labeler, :, said])
-        evidence = scipy.special.logsumexp(joint, axis=1, keepdims=True)
+        evidence = logsumexp(joint, axis=1, keepdims=True)
         posterior = np.exp(joint - evidence)
         penalty = np.sum(alpha * np.log(confusion)) + pseudo_count * np.sum(np.log(prior))
         likelihood = float(np.sum(evidence) + penalty)
@@ -73,7 +74,9 @@ class BradleyTerry(NamedTuple):
 
     def probability(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """That a labeller of mean sharpness prefers the first, [V]."""
-        return scipy.special.expit(self.utility[first] - self.utility[second])
+        from scipy.special import expit
+
+        return expit(self.utility[first] - self.utility[second])
 
 
 def bradley_terry(
@@ -91,6 +94,9 @@ def bradley_terry(
     Utilities have a normal prior of mean 0 and standard deviation `spread`, sharpnesses one of mean 1 and standard
     deviation 1, so that few votes leave both near these.
     """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     n, people = shape
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -98,7 +104,7 @@ def bradley_terry(
         gap = u[first] - u[second]
         logit = s[labeler] * gap
         loss = np.logaddexp(0.0, logit) - share * logit
-        slope = scipy.special.expit(logit) - share  # of each vote's loss, by its logit
+        slope = expit(logit) - share  # of each vote's loss, by its logit
         by_gap = slope * s[labeler]
         of_u = np.bincount(first, by_gap, n) - np.bincount(second, by_gap, n) + u / spread**2
         of_s = np.bincount(labeler, slope * gap, people) + (s - 1.0)
@@ -106,7 +112,7 @@ def bradley_terry(
         return float(np.sum(loss) + prior), np.concatenate([of_u, of_s])
 
     start = np.concatenate([np.zeros(n), np.ones(people)])
-    found = scipy.optimize.minimize(
+    found = minimize(
         objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000, "maxfun": 4000}
     ).x
     u, s = found[:n], found[n:]

@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -55,7 +55,10 @@ def load_rows(source: Source, kind: str, console: Console) -> list[dict]:
 
 def text_batch(source: Source, tokenizer: Tokenizer, length: int, console: Console) -> SequenceBatch:
     """Every document of a source, packed into rows of `length` tokens; all tokens but the first are targets."""
-    rows = load_rows(source, "text", console)
+    return packed_texts(load_rows(source, "text", console), tokenizer, length)
+
+
+def packed_texts(rows: Iterable[dict], tokenizer: Tokenizer, length: int) -> SequenceBatch:
     return SequenceBatch(**pack_texts((row["text"] for row in rows), tokenizer, length))
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from scipy.special import softmax
 
 from jrlhf.config import UserError, from_dict
 from jrlhf.data.batching import encode_prompt, encode_steps, pad_batch, stack_steps
@@ -99,6 +98,8 @@ class LocalJudge:
 
     def verdicts(self, questions: Sequence[str], options: Sequence[str]) -> np.ndarray:
         """[N, K] float64: the softmax over the logits of the options' first tokens."""
+        from scipy.special import softmax  # slow to import
+
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         verdicts = verdict_ids(tokenizer, options)
         if not questions:

@@ -442,7 +442,8 @@ def assert_constant(growth: Growth) -> None:
     assert len(set(growth.arrays[1:-1])) == 1, growth.arrays
     assert growth.arrays[-1] <= growth.arrays[1]
     assert len(set(growth.compiled[1:])) == 1, growth.compiled
-    assert growth.bytes[-1] - growth.bytes[1] < 100_000, growth.bytes
+    # Of the last two looks, as one may come while a checkpoint is still being written: what leaks is there at both.
+    assert min(growth.bytes[-2:]) - growth.bytes[1] < 100_000, growth.bytes
 
 
 def long(steps: int) -> LoopConfig:

@@ -1,8 +1,9 @@
 """A language model: pretrained on raw text or read from a checkpoint, then fine-tuned on demonstrations."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,7 +41,9 @@ from jrlhf.training.data import (
     encode_text,
     feed_of,
     in_chunks,
+    load_rows,
     one_per_row,
+    packed_texts,
     rows_of,
     take,
     text_batch,
@@ -135,28 +138,37 @@ class Pretrain(TrainingStage):
         mesh = make_mesh(ctx.mesh)
         with jax.set_mesh(mesh):
             key = stage_key(ctx)
-            tokenizer = with_chat(self._tokenizer(ctx), self.chat)
+            console = labelled(ctx.console, "data")
+            rows: Iterable[dict]
+            rows = self.data.rows() if streams(self.data) else load_rows(self.data, "text", console)
+            tokenizer = with_chat(self._tokenizer(ctx, rows), self.chat)
             model = Model(check_vocabulary(self.model, tokenizer, "model"))
             length = self.length or model.config.context
             if streams(self.data):
                 kept: SequenceBatch | StreamFeed
                 kept, held = streamed(self, encode_text, tokenizer, length, ctx, mesh)
             else:
-                arrays = text_batch(self.data, tokenizer, length, labelled(ctx.console, "data"))
+                arrays = packed_texts(rows, tokenizer, length)
+                del rows
                 kept, held = hold_out(arrays, self.eval_rows)
             shardings = state_shardings(mesh, jax.eval_shape(model.init, key), model.logical_axes())
-            params = jax.jit(model.init, out_shardings=shardings)(jax.random.fold_in(key, 1))
+            # It runs once: LLVM's dearest passes over the random numbers take longer than they save.
+            quick = {"xla_backend_optimization_level": 1}
+            init = jax.jit(model.init, out_shardings=shardings, compiler_options=quick)
+            params = init(jax.random.fold_in(key, 1))
             params = train_language_model(self, ctx, mesh, Beginning(model, params, None), key, kept, held)
             save_model(ctx.folder, model, params, tokenizer)
             return {"eval_loss": final_loss(model, params, held, mesh), "parameters": model.config.n_params}
 
-    def _tokenizer(self, ctx: StageContext) -> Tokenizer:
+    def _tokenizer(self, ctx: StageContext, rows: Iterable[dict]) -> Tokenizer:
+        """The one that is named, that an interrupted run has left, or one trained on the data's rows."""
         if self.tokenizer.path:
             return load_tokenizer(self.tokenizer.path)
         folder = ctx.folder / "tokenizer"
         if (folder / "tokenizer.model").exists():
             return load_tokenizer(folder)
-        texts = (row["text"] for source in (self.data, *self.tokenizer.texts) for row in source.rows())
+        further = (row for source in self.tokenizer.texts for row in source.rows())
+        texts = (row["text"] for row in chain(rows, further))
         return train_sentencepiece(texts, self.tokenizer.vocab_size, folder, self.tokenizer.model_type)
 
 
