@@ -54,9 +54,8 @@ def test_states_at_places_are_those_of_the_whole(change, at):
     params = fake_params(model)
     states, places = through(model, params, at, True), at_places(TOKENS, at).shape[1]
     assert_close(states, through(model, params, at, False), atol=2e-5)
-    assert f"f32[{B},{places},{TINY.d_ff}]" in jaxpr(
-        model, params, at, True
-    )  # a feed-forward block there alone
+    # There is a feed-forward block there alone.
+    assert f"f32[{B},{places},{TINY.d_ff}]" in jaxpr(model, params, at)
 
 
 @pytest.mark.parametrize(
