@@ -26,7 +26,7 @@ from jrlhf.config import MeshConfig, UserError
 from jrlhf.lab import LarderPrompts
 from jrlhf.models.config import LoRAConfig
 from jrlhf.optim import OptimConfig, build_optimizer
-from jrlhf.sharding import HOST, make_mesh, on_host, placed, put_batch
+from jrlhf.sharding import HOST, make_mesh, on_host, placed, put_batch, replicated
 from jrlhf.training.loop import LoopConfig, fetched, guarded, sharded_state
 from jrlhf.training.rewards import REWARDS
 from jrlhf.training.stages import Distill, OnPolicy, UnpairedAlignment
@@ -225,7 +225,7 @@ def test_a_reference_that_every_update_reads_is_fetched_in_it():
     with jax.set_mesh(mesh):
         for offload in (False, True):
             loop = LoopConfig(steps=3, offload_reference=offload)
-            start = (lm_params(), lm_params(1), jax.random.key(0))
+            start = (*jax.device_put((lm_params(), lm_params(1)), replicated(mesh)), jax.random.key(0))
             _, make, frozen = sharded_state(mesh, AXES, algorithm.init, *start, offload_reference=offload)
             state, given = make(), put_batch(mesh, (rollout, scores))
             batch = batch_maker(algorithm, loop)(state, frozen, *given)
