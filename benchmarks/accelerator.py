@@ -40,7 +40,7 @@ from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.rollout import rollout
 from jrlhf.rollout.sampling import SamplingConfig, make_sampling
 from jrlhf.sharding import make_mesh, put_batch
-from jrlhf.training.loop import sharded_state
+from jrlhf.training.loop import LoopConfig, guarded, sharded_state
 from jrlhf.types import Algorithm, Prompts, SequenceBatch
 
 RESULTS = Path(__file__).parent / "accelerator.json"
@@ -167,11 +167,7 @@ def iteration(
     scored = median_seconds(score, 3)
     batch = score()
 
-    def plain(state, frozen, batch):
-        new, metrics = algorithm.train_step(state._replace(ref_params=frozen), batch)
-        return new._replace(ref_params=None), metrics
-
-    update = jax.jit(plain, donate_argnums=0)
+    update = jax.jit(guarded(algorithm.train_step, LoopConfig(steps=1)), donate_argnums=0)
 
     def step() -> Any:
         nonlocal state

@@ -42,8 +42,9 @@ from jrlhf.models.transformer import Model
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.rollout import rollout
 from jrlhf.rollout.sampling import SamplingConfig, make_sampling
+from jrlhf.sharding import make_mesh
 from jrlhf.training.data import one_per_row
-from jrlhf.training.loop import LoopConfig
+from jrlhf.training.loop import LoopConfig, guarded
 from jrlhf.training.offline import train_offline
 from jrlhf.types import Prompts, Rollout, SequenceBatch
 
@@ -133,10 +134,8 @@ def grpo(sizes: dict[str, int]) -> Timed:
     batch = jax.jit(algorithm.make_batch)(state, samples, rng.standard_normal(n).astype(np.float32))
     reference = state.ref_params
 
-    def train_step(state, batch):
-        new, metrics = algorithm.train_step(state._replace(ref_params=reference), batch)
-        return new._replace(ref_params=None), metrics
-
+    step = guarded(algorithm.train_step, LoopConfig(steps=STEPS))
+    train_step = lambda state, batch: step(state, reference, batch)  # noqa: E731
     copied = jax.tree.map(jax.numpy.copy, state._replace(ref_params=None, key=None))
     return step_of(train_step, copied._replace(key=state.key), batch)
 
@@ -184,9 +183,7 @@ def endurance() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         quiet = Console(quiet=True)
         ctx = StageContext("", None, Path(folder), {}, {}, 0, MeshConfig(), quiet, Path(folder))  # type: ignore
-        mesh = jax.make_mesh(
-            (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-        )
+        mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
         loop = LoopConfig(steps=STEPS, batch_size=8, eval_every=WINDOW, checkpoint_every=1000)
         algorithm = make_sft(SFTConfig(), model, build_optimizer(OptimConfig(), STEPS))
         start = (model.init(jax.random.key(0)), jax.random.key(1))

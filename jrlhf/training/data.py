@@ -343,13 +343,13 @@ SHAPES = 4  # sizes that batches may have: each is a program of its own
 
 
 class SizedFeed(BatchFeed):
-    """Batches of which each is as large as its rows need: of one of at most SHAPES sizes (one, in short runs).
+    """Batches of which each is as large as its rows need: of one of at most `shapes` sizes (one, in short runs).
 
     The sizes are evenly spaced and were chosen by what the steps of the run need: all of them, or a sample where they
     are many. A step that needs more than any of these has the next larger one.
 
     needs: rows by number -> the size that they need. cut: (rows by number, size) -> a batch of numpy arrays. Sizes are
-    multiples of `unit`, of which there are at most `shapes`.
+    multiples of `unit`.
     """
 
     def __init__(
@@ -415,17 +415,8 @@ class TargetFeed(SizedFeed):
             batch = take(arrays, index)
             return batch._replace(targets=batch.targets[:, :size])
 
-        super().__init__(
-            arrays,
-            batch_size,
-            seed,
-            mesh,
-            steps,
-            lambda index: int(counts[index].max()),
-            cut,
-            unit=8,
-            shapes=2,
-        )
+        needs = lambda index: int(counts[index].max())  # noqa: E731
+        super().__init__(arrays, batch_size, seed, mesh, steps, needs, cut, unit=8, shapes=2)
 
 
 def feed_of(arrays: SequenceBatch, batch_size: int, seed: int, mesh: Mesh, steps: int) -> BatchFeed:
