@@ -44,6 +44,7 @@ class PPOConfig(OnPolicyConfig):
     """Defaults are those of Huang et al. 2023 where the papers agree."""
 
     token_rewards: ClassVar[bool] = True
+    critic: ClassVar[bool] = True
 
     beta: float = 0.05
     missing_eos_penalty: float = 1.0
@@ -186,7 +187,7 @@ def make_ppo(
         def loss(params, piece):
             rows, shares = flat(piece)
             whole = params | {"reference": frozen}
-            value, sums, maxima, values = policy_objective(
+            value, sums, maxima, (_, _, values) = policy_objective(
                 config, surrogate, policy.of_groups(group), whole, rows, shares, kl_coef, temperature
             )
             mask = rows.response_mask & rows.kept[:, None]

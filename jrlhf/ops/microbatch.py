@@ -71,16 +71,17 @@ def taken(batch: Any, index: jax.Array) -> Any:
 
 
 def value_and_grad_rows(
-    loss: Callable[[Any, Any], tuple[jax.Array, tuple[dict, dict]]],
+    loss: Callable[[Any, Any], tuple[jax.Array, tuple]],
     params: Any,
     batch: Any,
     parts: int,
     lengths: Lengths | None = None,
-) -> tuple[dict, dict, Any]:
+) -> tuple:
     """Gradient of a loss that is a sum over rows, accumulated over `parts` microbatches in a scan.
 
     `loss(params, rows) -> (value, (sums, maxima))`: value and sums must already be divided by the whole batch's
-    denominator, so that parts add up to what one pass gives. Returns (sums, maxima, gradient). With `lengths` each
+    denominator, so that parts add up to what one pass gives. Beside the two there may be arrays [rows, ...] of the same
+    shape at every length. Returns (sums, maxima, gradient), and those arrays where there are any. With `lengths` each
     microbatch is as long as its longest row needs: the more so where `by_length` ordered them.
     """
     of_loss = jax.value_and_grad(loss, has_aux=True)
@@ -88,27 +89,31 @@ def value_and_grad_rows(
     grad = of_loss
     if lengths is not None:
         grad = lambda params, rows: lengths.switch(lambda rows, _: of_loss(params, rows), rows)  # noqa: E731
+
+    def run(rows):
+        (_, (sums, maxima, *by_row)), grads = grad(params, rows)
+        return (sums, maxima, grads), by_row
+
     if parts == 1:
-        (_, (sums, maxima)), grads = grad(params, batch)
-        return sums, maxima, grads
+        whole, by_row = run(batch)
+        return *whole, *by_row
 
     def step(carry, rows):
-        (_, (sums, maxima)), grads = grad(params, rows)
+        (sums, maxima, grads), by_row = run(rows)
         carry_sums, carry_maxima, carry_grads = carry
         add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
         return (
             add(carry_sums, sums),
             jax.tree.map(jnp.maximum, carry_maxima, maxima),
             add(carry_grads, grads),
-        ), None
+        ), by_row
 
     pieces = split_rows(batch, parts)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces))
-    (_, (sums, maxima)), grads = shapes
+    (sums, maxima, grads), _ = jax.eval_shape(run, jax.tree.map(lambda x: x[0], pieces))
     zero = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)  # noqa: E731
     lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
-    carry, _ = jax.lax.scan(step, (zero(sums), lowest, zero(grads)), pieces)
-    return carry
+    whole, by_row = jax.lax.scan(step, (zero(sums), lowest, zero(grads)), pieces)
+    return *whole, *merge_rows(by_row)
 
 
 def in_groups(tree: Any, group: int) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jrlhf.config import UserError, no_fingerprint
 from jrlhf.ops.advantages import overlong_penalty
 from jrlhf.ops.kl import kl_k1, kl_k2, kl_k3
-from jrlhf.ops.masking import last_token_index, masked_mean, masked_sum
+from jrlhf.ops.masking import last_token_index, lengthened, masked_mean, masked_sum
 from jrlhf.ops.microbatch import (
     Lengths,
     bucket_sizes,
@@ -53,6 +53,7 @@ class OnPolicyConfig:
     grouped: ClassVar[bool] = False  # an answer is compared with others to the same prompt
     whole_answers: ClassVar[bool] = False  # the loss is one of whole answers, each of which counts once
     token_rewards: ClassVar[bool] = False  # single tokens may be rewarded: each has its own advantage
+    critic: ClassVar[bool] = False  # advantages need values, which a pass before the update computes
 
     _: KW_ONLY
 
@@ -111,6 +112,8 @@ class OnPolicyConfig:
             if value < 0 or (name in positive and value == 0):
                 rule = "positive" if name in positive else "zero or more"
                 raise UserError(f"{name} must be {rule}, got {value}")
+        if self.stop_kl and self.epochs * self.minibatches == 1:
+            raise UserError("stop_kl skips updates of an iteration after the first, and there is only one")
         if self.target_kl and not self.beta:
             raise UserError("target_kl adapts beta by factors, so beta must start above 0")
         if self.kl_level == "sequence" and self.kl not in ESTIMATORS:
@@ -167,6 +170,14 @@ class OnPolicyConfig:
     def sample_from(self) -> Literal["policy", "reference"]:
         """Whose answers are learned from; the reference is the frozen start."""
         return "policy"
+
+    @property
+    def scored_in_update(self) -> bool:
+        """Whether the update's own forward pass tells the old log-probabilities: it is the only one, so that they are
+        the same numbers, and nothing before it needs them. (An update may leave out answers that teach nothing.)"""
+        once = self.epochs * self.minibatches == 1 and self.learned_per_group == self.group_size
+        needed = self.critic or (self.kl == "reward" and self.beta > 0)
+        return once and not needed and not self.mask_truncated
 
     @property
     def parts(self) -> int:
@@ -240,9 +251,9 @@ class PolicyBatch(NamedTuple):
     mask: Array  # [B, P+R]
     response_mask: Array  # [B, R]
     kept: Array  # [B] bool: rows that are learned from
-    logprobs: Array  # [B, R] of the policy that sampled, by the trainer
+    sampler_logprobs: Array  # [B, R] of the policy that sampled, as the sampler computed them
+    logprobs: Array  # [B, R] the same by the trainer; where `scored_in_update` the sampler's again, not read
     ref_logprobs: Array  # [B, R]
-    weights: Array  # [B, R] importance of trainer over sampler, truncated; ones where that is off
     rewards: Array  # [B, R] per token, the KL penalty included
     advantages: Array  # [B, R]
     extra: Any  # an algorithm's own arrays, a row each
@@ -293,7 +304,14 @@ def update_lengths(config: OnPolicyConfig, batch: PolicyBatch) -> Lengths | None
         rows, shares = piece
         start = rows.tokens.shape[-1] - rows.response_mask.shape[-1]
         first = lambda tree, *names: {name: getattr(tree, name)[..., :size] for name in names}  # noqa: E731
-        of_answers = ("response_mask", "logprobs", "ref_logprobs", "weights", "rewards", "advantages")
+        of_answers = (
+            "response_mask",
+            "sampler_logprobs",
+            "logprobs",
+            "ref_logprobs",
+            "rewards",
+            "advantages",
+        )
         whole = {"tokens": rows.tokens[..., : start + size], "mask": rows.mask[..., : start + size]}
         rows = rows._replace(**whole, **first(rows, *of_answers))
         return rows, shares and shares._replace(**first(shares, "loss", "tokens"))
@@ -331,9 +349,10 @@ def score_rollout(
     stands on masked tokens is not read. `score_clip` and the penalties are of the scores alone.
 
     The old log-probabilities are the trainer's own, by the same function that is trained: the first ratio is exactly 1.
+    Where they are `scored_in_update`, they and what they tell (`sample_metrics`) are left to the update.
     """
-    tokens, mask, response = rollout.tokens, rollout.mask, rollout.response_mask
-    start = tokens.shape[1] - response.shape[1]
+    tokens, mask, response = rollout.tokens, rollout.mask, jnp.asarray(rollout.response_mask)
+    start, sampler_logprobs = tokens.shape[1] - response.shape[1], jnp.asarray(rollout.logprobs)
     kl_coef = state.extra["kl_coef"]
     group, policy = config.shared_group, policy.of_groups(config.shared_group)
     if tokens.shape[0] % (config.parts * group):
@@ -354,15 +373,18 @@ def score_rollout(
             used=lambda rows: slots_used(rows[1][..., start:]),
             cut=lambda rows, size: jax.tree.map(lambda x: x[..., : start + size], rows),
         )
-    logprobs, entropy, extra = flat(map_rows(forward, rows, config.parts, lengths))
     ref_logprobs = flat(map_rows(of_reference, rows, config.parts, lengths))
+    if config.scored_in_update:
+        logprobs, extra, told = sampler_logprobs, (), {}
+    else:
+        logprobs, entropy, extra = flat(map_rows(forward, rows, config.parts, lengths))
+        told = sample_metrics(response, sampler_logprobs, logprobs, entropy, ref_logprobs)
     # 2. The score, with its penalties, at the last response token.
     length = jnp.sum(response, axis=1, dtype=jnp.float32)
     final = shaped_scores(config, rollout, scores)
     at_last = jax.nn.one_hot(last_token_index(response), response.shape[1], dtype=jnp.float32)
     # 3. Per-token reward: -beta * (log pi - log ref), what the token earns by itself, and the score at the end. No
     # gradient goes through it.
-    kl = jnp.where(response, kl_k1(logprobs, ref_logprobs), 0.0)
     rewards = at_last * final[:, None]
     earned = {}
     if token_rewards is not None:
@@ -374,44 +396,57 @@ def score_rollout(
             "reward/tokens/mean": jnp.mean(jnp.sum(of_tokens, axis=1)),
             "reward/tokens/count": jnp.mean(steps),
         }
-    if config.kl == "reward":
-        rewards = rewards - kl_coef * kl
-    # 4. How much more likely the trainer finds the samples than the sampler did.
-    mismatch = jnp.where(response, logprobs - rollout.logprobs, 0.0)
+    if config.kl == "reward" and config.beta:
+        rewards = rewards - kl_coef * jnp.where(response, kl_k1(logprobs, ref_logprobs), 0.0)
     kept = rollout.ended if config.mask_truncated else jnp.ones_like(rollout.ended)
-    weights = importance_weights(mismatch, config.importance_cap, config.importance_level)
 
-    total, sequence_kl = jnp.sum(rewards, axis=1), jnp.sum(kl, axis=1)
-    log_weight = jnp.sum(mismatch, axis=1)
-    sequence_weight = jnp.exp(log_weight - jnp.max(log_weight))  # the effective sample size has no scale
+    total = jnp.sum(rewards, axis=1)
     metrics = {
         "reward/total/mean": jnp.mean(total),
         "reward/total/std": jnp.std(total),
         "reward/score/mean": jnp.mean(scores),
         "reward/score/std": jnp.std(scores),
         "reward/length_corr": _correlation(length, scores),
-        "kl/ref_k1": jnp.mean(sequence_kl),
-        "kl/ref_k3": jnp.mean(masked_sum(kl_k3(logprobs, ref_logprobs), response, axis=1)),
         "kl/coef": kl_coef,
-        "policy/entropy": masked_mean(entropy, response),
         "rollout/len_mean": jnp.mean(length),
         "rollout/len_max": jnp.max(length),
         "rollout/eos_rate": jnp.mean(rollout.ended, dtype=jnp.float32),
         "rollout/trunc_rate": jnp.mean(~rollout.ended, dtype=jnp.float32),
         "perf/pad_frac": 1.0 - jnp.mean(mask, dtype=jnp.float32),
-        "mismatch/kl": masked_mean(-mismatch, response),
-        "mismatch/logp_diff_max": jnp.max(jnp.abs(mismatch)),
-        "mismatch/ess": jnp.square(jnp.sum(sequence_weight))
-        / jnp.sum(jnp.square(sequence_weight))
-        / sequence_weight.shape[0],
-    } | earned
+    } | earned | told  # fmt: skip
     if config.group_size > 1:
         groups = scores.reshape(-1, config.group_size)
         equal = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
         metrics["reward/frac_zero_std_groups"] = jnp.mean(equal, dtype=jnp.float32)
     return PolicyBatch(
-        tokens, mask, response, kept, logprobs, ref_logprobs, weights, rewards, jnp.zeros_like(rewards), extra, metrics
+        tokens, mask, response, kept, sampler_logprobs, logprobs, ref_logprobs, rewards, jnp.zeros_like(rewards), extra,
+        metrics,
     )  # fmt: skip
+
+
+def sample_metrics(
+    response: jax.Array,
+    sampler_logprobs: jax.Array,
+    logprobs: jax.Array,
+    entropy: jax.Array,
+    ref_logprobs: jax.Array,
+) -> dict[str, jax.Array]:
+    """What the trainer's log-probabilities of samples say: how far the policy is from the reference, its entropy, and
+    how much more likely it finds the samples than the sampler did. Arrays [B, R]; `response` is the mask."""
+    of_rows = lambda kl: jnp.mean(masked_sum(kl, response, axis=1))  # noqa: E731
+    mismatch = jnp.where(response, logprobs - sampler_logprobs, 0.0)
+    log_weight = jnp.sum(mismatch, axis=1)
+    sequence_weight = jnp.exp(log_weight - jnp.max(log_weight))  # the effective sample size has no scale
+    return {
+        "kl/ref_k1": of_rows(kl_k1(logprobs, ref_logprobs)),
+        "kl/ref_k3": of_rows(kl_k3(logprobs, ref_logprobs)),
+        "policy/entropy": masked_mean(entropy, response),
+        "mismatch/kl": masked_mean(-mismatch, response),
+        "mismatch/logp_diff_max": jnp.max(jnp.abs(mismatch)),
+        "mismatch/ess": jnp.square(jnp.sum(sequence_weight))
+        / jnp.sum(jnp.square(sequence_weight))
+        / sequence_weight.shape[0],
+    }
 
 
 def said_of(token_rewards: Array, response_mask: Array) -> jax.Array:
@@ -482,24 +517,29 @@ def policy_objective(
     kl_coef: jax.Array,
     temperature: float,
 ) -> tuple[jax.Array, dict, dict, Any]:
-    """(loss, sums, maxima, what the forward pass adds) of a minibatch, or of a piece of it.
+    """(loss, sums, maxima, (log-probs, entropy, what the forward pass adds)) of a minibatch, or of a piece of it.
 
     Σ_t share_t · [ weight_t · surrogate_t + beta · KL_t ] - entropy_coef · mean over tokens of H_t
     """
     start = rows.tokens.shape[1] - rows.response_mask.shape[1]
     logprobs, entropy, extra = policy.forward(params, rows.tokens, rows.mask, start, temperature)
+    if config.scored_in_update:
+        rows = rows._replace(logprobs=jax.lax.stop_gradient(logprobs))
+    # How much more likely the trainer finds the samples than the sampler did.
+    mismatch = jnp.where(rows.response_mask, rows.logprobs - rows.sampler_logprobs, 0.0)
+    weights = importance_weights(mismatch, config.importance_cap, config.importance_level)
     mask = rows.response_mask & rows.kept[:, None]
     mean = lambda x, share: masked_sum(x * share, share > 0)  # noqa: E731
     losses, clipped = token_loss(logprobs, rows.logprobs, rows.advantages, mask)
-    surrogate = mean(losses * rows.weights, shares.loss)
-    # A ratio is exp of this; masked before exp, for an overflow on a masked token would reach the gradient as 0·inf.
-    log_ratio = jax.lax.stop_gradient(jnp.where(mask, logprobs - rows.logprobs, 0.0))
-    sums = {
-        "policy/loss": surrogate,
-        "policy/approx_kl": mean(jnp.expm1(log_ratio) - log_ratio, shares.tokens),
-    }
-    if clipped is not None:
-        sums["policy/clip_frac"] = mean(clipped.astype(jnp.float32), shares.tokens)
+    surrogate = mean(losses * weights, shares.loss)
+    sums, maxima = {"policy/loss": surrogate}, {}
+    if not config.scored_in_update:  # in the only update of a batch every ratio is 1
+        # A ratio is exp of this; masked before exp: an overflow on a masked token would reach the gradient as 0·inf.
+        log_ratio = jax.lax.stop_gradient(jnp.where(mask, logprobs - rows.logprobs, 0.0))
+        sums["policy/approx_kl"] = mean(jnp.expm1(log_ratio) - log_ratio, shares.tokens)
+        if clipped is not None:
+            sums["policy/clip_frac"] = mean(clipped.astype(jnp.float32), shares.tokens)
+        maxima["policy/ratio_max"] = jnp.exp(jnp.max(log_ratio))
     loss = surrogate
     if config.kl in (*ESTIMATORS, "full") and config.beta:
         penalty = kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temperature)
@@ -507,7 +547,7 @@ def policy_objective(
         sums["kl/loss"] = penalty
     if config.entropy_coef:
         loss = loss - config.entropy_coef * mean(entropy, shares.tokens)
-    return loss, sums, {"policy/ratio_max": jnp.exp(jnp.max(log_ratio))}, extra
+    return loss, sums, maxima, (logprobs, entropy, extra)
 
 
 def kl_penalty(config, policy, params, rows, logprobs, mask, shares, start, temperature) -> jax.Array:
@@ -629,7 +669,7 @@ def policy_gradient(
 
     def train_step(state: TrainState, batch: PolicyBatch):
         frozen, kl_coef = reference_params(state), state.extra["kl_coef"]
-        lengths = update_lengths(config, batch)
+        lengths, slots = update_lengths(config, batch), batch.response_mask.shape[1]
 
         def update(learned, groups: PolicyBatch):
             params, opt_state = learned
@@ -639,14 +679,25 @@ def policy_gradient(
             def loss(params, piece):
                 rows, shares = flat(piece)
                 whole = params | {"reference": frozen}
-                value, sums, maxima, _ = policy_objective(
+                value, sums, maxima, (logprobs, entropy, _) = policy_objective(
                     config, token_loss, policy.of_groups(group), whole, rows, shares, kl_coef, temperature
                 )
-                return value, (sums, maxima)
+                if not config.scored_in_update:
+                    return value, (sums, maxima)
+                left_out = slots - logprobs.shape[1]
+                said = tuple(lengthened(x, 1, left_out) for x in (logprobs, entropy))
+                return value, (sums, maxima, in_groups(said, group))
 
             pieces = (groups, in_groups(shares, group))
-            sums, maxima, grads = value_and_grad_rows(loss, params, pieces, config.microbatches, lengths)
+            sums, maxima, grads, *by_row = value_and_grad_rows(
+                loss, params, pieces, config.microbatches, lengths
+            )
             params, opt_state, norm = optimizer.apply(grads, opt_state, params)
+            if config.scored_in_update:
+                logprobs, entropy = flat(by_row[0])
+                sums |= sample_metrics(
+                    rows.response_mask, rows.sampler_logprobs, logprobs, entropy, rows.ref_logprobs
+                )
             return (params, opt_state), sums | {"policy/grad_norm": norm}, maxima
 
         # Rows that share a prompt stay together.

@@ -4,7 +4,7 @@ Where only arithmetic is at stake the policy is a table: one distribution over t
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import jax
@@ -66,23 +66,25 @@ SAME_AS_TRL = {
 @pytest.mark.parametrize("name", SAME_AS_TRL)
 def test_losses_and_gradients_are_those_of_trl(name):
     loss, config, scale = SAME_AS_TRL[name]
+    config = replace(
+        config, minibatches=2, importance_cap=1e3 if "weighted" in name else 0.0
+    )  # old ones are read
     given = {
         k: GOLDEN[k].astype(np.float32)
         for k in ("logprobs", "old_logprobs", "ref_logprobs", "entropy", "weights")
     }
     mask = GOLDEN["mask"]
     rows = len(mask)
-    ones = np.ones_like(given["weights"])
     batch = PolicyBatch(
         tokens=np.zeros((rows, 2 + mask.shape[1]), np.int32),
         mask=np.ones((rows, 2 + mask.shape[1]), bool),
         response_mask=mask,
         kept=np.ones(rows, bool),
         # What is masked must not be read, whatever it is.
+        sampler_logprobs=np.where(mask, given["old_logprobs"] - np.log(given["weights"]), np.nan),
         logprobs=np.where(mask, given["old_logprobs"], np.nan),
         ref_logprobs=np.where(mask, given["ref_logprobs"], np.inf),
-        weights=given["weights"] if "weighted" in name else ones,
-        rewards=ones,
+        rewards=np.ones_like(given["weights"]),
         advantages=np.where(mask, GOLDEN["advantages"].astype(np.float32)[:, None], np.nan),
         extra=(),
         metrics={},
@@ -152,7 +154,17 @@ jitted = functools.cache(jax.jit)
 
 @functools.cache
 def make(config, optimizer=DESCENT, model=Table(), temperature=1.0):
-    return FROM_ROLLOUTS[type(config)](config, model, optimizer, temperature)
+    known = next(t for t in type(config).__mro__ if t in FROM_ROLLOUTS)
+    return FROM_ROLLOUTS[known](config, model, optimizer, temperature)
+
+
+@functools.cache
+def scored_before(config):
+    """The same algorithm, which scores its samples before the update even where the update could tell."""
+    like = type(config)
+    return type(like.__name__, (like,), {"critic": True})(
+        **{f.name: getattr(config, f.name) for f in fields(like)}
+    )
 
 
 def batch_of(config, tables, samples, *more):
@@ -313,7 +325,7 @@ def test_online_dpo_pairs_the_best_with_the_worst(tables, samples):
 )
 def test_old_log_probabilities_are_old_so_that_the_second_epoch_is_clipped(config, tables, samples):
     """The first epoch's ratios are all 1. In the second the policy has moved, and the clip binds somewhere."""
-    first, both = replace(config, epochs=1), config
+    first, both = scored_before(replace(config, epochs=1)), config
     batch = batch_of(config, tables, samples)
     runs = {}
     for name, c in (("first", first), ("both", both)):
@@ -364,21 +376,22 @@ def test_a_penalty_in_the_loss_has_the_gradient_of_its_estimator(kl, level, tabl
     assert metrics["kl/loss"] == pytest.approx(float(penalty(tables[0])), abs=1e-5)
 
 
-def test_truncated_importance_weights(tables, samples):
-    """The sampler was another policy by 0.3 nats a token: every weight is exp of it, up to the cap."""
+@pytest.mark.parametrize("beta", [0.0, 0.3])  # without a penalty in the reward the update tells the weights
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_truncated_importance_weights(beta, level, tables, samples):
+    """The sampler was another policy by up to 0.6 nats a token: every weight is exp of it, up to the cap."""
     sampled = samples[0]
-    shift = jnp.where(sampled.response_mask, jnp.linspace(-0.6, 0.6, RESPONSE)[None], 0.0)
+    shift = np.where(sampled.response_mask, np.linspace(-0.6, 0.6, RESPONSE)[None], 0.0).astype(np.float32)
     other = (sampled._replace(logprobs=sampled.logprobs - shift), samples[1])
-    config = REINFORCEConfig(beta=0.0, importance_cap=1.2)
-    np.testing.assert_allclose(
-        batch_of(config, tables, other).weights, np.minimum(np.exp(shift), 1.2), rtol=1e-5
-    )
-    whole = np.minimum(np.exp(np.sum(shift, axis=1, keepdims=True)), 1.2) + np.zeros_like(shift)
-    config = replace(config, importance_level="sequence")
-    weighted = batch_of(config, tables, other)
-    np.testing.assert_allclose(weighted.weights, whole, rtol=1e-5)
-    plain = weighted._replace(weights=np.ones_like(whole), advantages=weighted.advantages * whole)
-    assert_close(gradient(config, tables, weighted)[0], gradient(config, tables, plain)[0])
+    plain = REINFORCEConfig(beta=beta)
+    weighted = replace(plain, importance_cap=1.2, importance_level=level)
+    assert weighted.scored_in_update == (beta == 0.0)
+    log_weight = shift if level == "token" else np.sum(shift, axis=1, keepdims=True) + np.zeros_like(shift)
+    batch = batch_of(plain, tables, other)
+    by_hand = batch._replace(advantages=batch.advantages * np.minimum(np.exp(log_weight), 1.2))
+    expected = gradient(plain, tables, by_hand)[0]
+    assert_close(gradient(weighted, tables, batch_of(weighted, tables, other))[0], expected)
+    assert largest_difference(gradient(plain, tables, batch)[0], expected) > 0.01
 
 
 def test_truncated_answers_can_be_left_out(tables, samples):
@@ -450,13 +463,50 @@ def padded(batch: PolicyBatch, before: int, after: int) -> PolicyBatch:
     def pad(x, first):
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(first, after)])
 
-    of_tokens = ("response_mask", "logprobs", "ref_logprobs", "weights", "rewards", "advantages")
+    of_tokens = ("response_mask", "sampler_logprobs", "logprobs", "ref_logprobs", "rewards", "advantages")
     mask = pad(batch.mask, before)
     return batch._replace(
         tokens=np.where(mask, pad(batch.tokens, before), 19),
         mask=mask,
         **{name: pad(getattr(batch, name), 0) for name in of_tokens},
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GRPOConfig(group_size=4, microbatches=2, length_buckets=2, kl_ratio=True),
+        GRPOConfig(group_size=4, share_prompts=True, microbatches=2, importance_cap=1.1, entropy_coef=0.1),
+        DAPOConfig(group_size=4, minibatches=1, importance_cap=1.1, importance_level="sequence"),
+    ],
+    ids=["buckets", "shared", "sequences"],
+)
+def test_the_only_update_of_a_batch_scores_it_as_a_pass_before_it_would(config, decoded):
+    """One forward pass less: the same step, and the same numbers about the samples."""
+    shift = np.random.default_rng(0).normal(0.0, 0.3, decoded[0].logprobs.shape).astype(np.float32)
+    samples = (decoded[0]._replace(logprobs=decoded[0].logprobs + shift), decoded[1])
+    runs = []
+    for c in (config, scored_before(config)):
+        algorithm = make(c, DESCENT, MODEL, TEMPERATURE)
+        state = algorithm.init(lm_params(0), lm_params(1), KEY)
+        batch = jitted(algorithm.make_batch)(state, *samples)
+        runs.append((batch, *jitted(algorithm.train_step)(state, batch)))
+    (batch, state, metrics), (_, other_state, other_metrics) = jax.device_get(runs)
+    assert_close(state.params, other_state.params)
+    ratios = {
+        "policy/approx_kl",
+        "policy/clip_frac",
+        "policy/ratio_max",
+    }  # all 1, which the second run confirms
+    assert set(other_metrics) - set(metrics) == ratios
+    assert other_metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert_close(metrics, {name: x for name, x in other_metrics.items() if name not in ratios})
+    np.testing.assert_array_equal(batch.logprobs, samples[0].logprobs)  # nothing was scored
+
+
+def test_stop_kl_needs_a_second_update():
+    with pytest.raises(UserError, match="stop_kl skips updates of an iteration after the first"):
+        GRPOConfig(stop_kl=0.1)
 
 
 @pytest.mark.parametrize("config", DECODER_CONFIGS, ids=lambda config: type(config).__name__)
