@@ -12,6 +12,7 @@ import pkgutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         if debug:
             raise
-        print(
-            " ".join([f"error: {e}", *(f"({note})" for note in getattr(e, "__notes__", ()))]), file=sys.stderr
-        )
+        print(_told(e), file=sys.stderr)
         return EXIT_USER_ERROR
     except Preempted as e:
         print(f"stopped ({e}); saved. Run the same command to go on.", file=sys.stderr)
@@ -58,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jrlhf list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _told(e: UserError) -> str:
+    return " ".join([f"error: {e}", *(f"({note})" for note in getattr(e, "__notes__", ()))])
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
@@ -102,7 +105,22 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     )
     p.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
     p.add_argument("--devices", type=int, metavar="N", help="virtual CPU devices (default: at most 2)")
-    p.add_argument("--distributed", action="store_true", help="one of several processes of a cluster")
+    p.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, whom the cluster tells of each other",
+    )
+    p.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where there is no such cluster: process 0's address"
+    )
+    p.add_argument(
+        "--processes", type=int, metavar="N", help="with --coordinator: how many processes there are"
+    )
+    p.add_argument("--process", type=int, metavar="I", help="with --coordinator: which one this is, from 0")
+    p.add_argument(
+        "--stall-timeout", type=float, metavar="SECONDS", default=1800.0,
+        help="of several processes: end them when nothing has moved for so long (default: 1800; 0: wait for ever)",
+    )  # fmt: skip
     p.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="FILE.py",
         help="first execute a file that defines classes named in a config.json",
@@ -239,7 +257,9 @@ def _run(options: argparse.Namespace) -> int:
 
     if not options.help:
         cache = None if options.dry_run else options.runs_dir  # a dry run creates nothing
-        _set_up_jax(options.devices, cache, options.distributed)
+        _set_up_jax(options.devices, cache)
+        _join_others(options)
+        _check_devices(options.devices)
     for file in options.imports:
         ex.load_python(Path(file))
     if not options.file.endswith(".py"):
@@ -255,7 +275,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force))
         return 0
-    with _stop_on_sigterm():
+    with _stop_on_sigterm(), _together():
         folder = ex.run(experiment, options.runs_dir, force=force)
     _report(folder)
     return 0
@@ -288,7 +308,22 @@ def _import_rooms() -> None:
             importlib.import_module(module.name)
 
 
-def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -> None:
+def _join_others(options: argparse.Namespace) -> None:
+    """Of several processes that run the same command: joins the others, before jax looks at its devices."""
+    import jax
+
+    from jrlhf import hosts
+
+    cluster = (options.coordinator, options.processes, options.process)
+    if options.stall_timeout < 0:
+        raise UserError(f"--stall-timeout: expected seconds, or 0 for none, got {options.stall_timeout:g}")
+    if options.distributed or any(x is not None for x in cluster):
+        hosts.join(*cluster)
+        if jax.process_count() > 1 and options.stall_timeout:
+            hosts.WATCH.start(options.stall_timeout)
+
+
+def _set_up_jax(devices: int | None, runs_dir: Path | None) -> None:
     """What has to be set before jax looks at its devices.
 
     On a machine without accelerators jax makes `devices` virtual CPU devices, so that a sharded experiment
@@ -320,24 +355,51 @@ def _set_up_jax(devices: int | None, runs_dir: Path | None, distributed: bool) -
                 ) from None
     if runs_dir is not None:
         keep_compiled(runs_dir)
-    if distributed:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"--distributed: jax found no cluster to join ({e})") from e
+
+
+def _check_devices(devices: int | None) -> None:
+    import jax
+
     if devices is not None and jax.default_backend() != "cpu":
         raise UserError(f"--devices sets virtual CPU devices, but jax runs on {jax.default_backend()} here")
 
 
 def _set_up_serving(runs_dir: Path) -> None:
     """Of a command that reads a model and leaves no folder of runs where there was none."""
-    _set_up_jax(None, runs_dir if runs_dir.is_dir() else None, distributed=False)
+    _set_up_jax(None, runs_dir if runs_dir.is_dir() else None)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Of several processes: one that fails ends at once, without the good-bye for which jax would wait for the others,
+    so that they notice and say so."""
+    import jax
+
+    from jrlhf import hosts
+
+    try:
+        yield
+    except Preempted:  # they all stop
+        raise
+    except Exception as e:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(e, UserError):
+            hosts.leave(_told(e), EXIT_USER_ERROR)
+        traceback.print_exc()
+        if hosts.is_loss(e):
+            hosts.leave(f"an exchange with the other hosts failed: one of them may be gone. {hosts.AGAIN}")
+        hosts.leave("an error; its traceback is above", 1)
 
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """Within it, a first SIGTERM asks the running stage to save and stop; a second one kills."""
-    if threading.current_thread() is not threading.main_thread():
+    """Within it, a first SIGTERM asks the running stage to save and stop; a second one kills.
+
+    Of several processes jax hears the signal, and tells all of them (`hosts.stop_requested`)."""
+    import jax
+
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield  # signals belong to the main thread
         return
 

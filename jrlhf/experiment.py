@@ -424,6 +424,8 @@ def run(
 
     Raises UserError for the user's mistakes and a full disk, Preempted when asked to stop (`STOP`).
     """
+    from jrlhf import hosts  # imports jax
+
     keep_memory()
     console = console or Console(
         quiet=not _leads(), soft_wrap=not sys.stdout.isatty()
@@ -447,7 +449,8 @@ def run(
                 if task.name in forced:
                     _move_aside(task, console)
         for task in todo:
-            if _agreed(STOP.requested):
+            hosts.WATCH.moved(f"the stage before {_label(task)}")
+            if hosts.stop_requested():
                 raise Preempted(f"before stage {task.name!r}")
             results.setdefault(task.name, {})[str(task.seed)] = _run_task(
                 task, experiment, runs_dir, env, console
@@ -767,13 +770,30 @@ def _git_state() -> dict[str, Any] | None:
 
     status = git("status", "--porcelain")
     if status is None:
-        return None
+        return _shipped_state()
     commit = git("rev-parse", "HEAD")  # none before the first commit
     return {
         "commit": commit and commit.strip(),
         "dirty": bool(status.strip()),
         "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
         "diff": git("diff", "HEAD") if commit else None,
+    }
+
+
+def _shipped_state() -> dict[str, Any] | None:
+    """The same of a tree that was copied without its repository: what tpu_scripts/sync.sh noted in `.jrlhf-source`, or
+    the commit that an image was built from (JRLHF_COMMIT)."""
+    noted = Path(".jrlhf-source")
+    if not (noted / "commit").is_file():
+        commit = os.environ.get("JRLHF_COMMIT")
+        return {"commit": commit, "dirty": None, "untracked": [], "diff": None} if commit else None
+    read = lambda name: (noted / name).read_text(encoding="utf-8", errors="replace")  # noqa: E731
+    untracked, diff = read("untracked").splitlines(), read("diff")
+    return {
+        "commit": read("commit").strip(),
+        "dirty": bool(untracked or diff),
+        "untracked": untracked,
+        "diff": diff,
     }
 
 

@@ -421,6 +421,19 @@ def test_the_environment_has_the_code_version(tmp_path, monkeypatch):
     assert dirty["untracked"] == ["new.py"]
 
 
+def test_where_there_is_no_repository_the_version_is_what_was_noted_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("JRLHF_COMMIT", "abc")  # of an image
+    assert environment()["git"]["commit"] == "abc"
+    noted = tmp_path / ".jrlhf-source"
+    noted.mkdir()
+    for name, text in {"commit": "def\n", "diff": "+a = 2\n", "untracked": "new.py\n"}.items():
+        (noted / name).write_text(text)
+    found = environment()["git"]
+    assert found == {"commit": "def", "dirty": True, "untracked": ["new.py"], "diff": "+a = 2\n"}
+
+
 def test_results_become_json(tmp_path):
     experiment = Experiment("x", {"a": ToyResult()})
     RESULT[0] = {

@@ -295,7 +295,7 @@ class Verified:
             if fault not in self._told and len(self._told) < FAULTS:
                 self._told.add(fault)
                 _LOG.warning("%s failed on an answer: %s", type(self.pool.check).__name__, fault)
-        values, failed, timed_out = _agreed(checked)
+        values, failed, timed_out = checked.values, checked.failed, checked.timed_out
         values = np.float32(self.wrong) + np.float32(self.right - self.wrong) * values
         values = np.where(failed, np.float32(self.failed), values)
         values = np.where(timed_out, np.float32(self.timed_out), values)
@@ -305,19 +305,6 @@ class Verified:
         """UserError for a row that lacks what the check needs."""
         for row in rows:
             self.pool.check.reads(row)
-
-
-def _agreed(checked: Checked) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the first host found, on all: an answer that is too slow on one host may be in time on another."""
-    import jax
-
-    found = (checked.values, checked.failed, checked.timed_out)
-    if jax.process_count() == 1:
-        return found
-    from jax.experimental import multihost_utils
-
-    values, failed, timed_out = map(np.asarray, multihost_utils.broadcast_one_to_all(found))
-    return values, failed, timed_out
 
 
 def verifier_of(noted: dict[str, Any]) -> Verified:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jrlhf import hosts
 from jrlhf.checkpoint import Checkpointer
-from jrlhf.config import STOP, Preempted, StageContext, UserError, did_you_mean, no_fingerprint
+from jrlhf.config import Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
 from jrlhf.sharding import HOST, fetch, leads, moved, on_host, path_names, placed, state_shardings
 from jrlhf.training.monitors import Monitor, Snapshots
@@ -243,6 +244,7 @@ def train(
                 pending = (step + 1, metrics, batch)
                 bar.update(step, {k: last[k] for k in show if k in last})
                 done = step + 1
+                hosts.WATCH.moved(f"step {done} of {ctx.name}")
                 ending = monitor is not None and monitor.ended(done)
                 if snapshots is not None and (ending or snapshots.due(done)):
                     flush()
@@ -260,7 +262,7 @@ def train(
                     clock = time.perf_counter()  # no part of the next step
                 if ending:
                     break  # like the last step it leaves no checkpoint: a run killed after it comes to it again
-                stopping = STOP.requested and done < steps
+                stopping = hosts.stop_requested() and done < steps
                 if stopping or (
                     config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps
                 ):

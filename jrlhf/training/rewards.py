@@ -3,6 +3,7 @@ interface."""
 
 import asyncio
 import inspect
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from jrlhf.algorithms.reward_model import sequence_head_scores, sequence_scores
 from jrlhf.config import UserError, did_you_mean, read_json
 from jrlhf.data.chat import prompt_text
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.hosts import exchanged
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.models.transformer import Model
 from jrlhf.ops.mixing import mix_scores
@@ -98,13 +100,18 @@ def make_reward(
     """
     if name in parents:
         return stage_reward(name, parents[name], mesh, tokenizer, base)
-    return text_reward(name, program_reward(name), on_host=True)
+    return program(name, program_reward(name))
 
 
-def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
-    def score(rollout: Rollout, texts: Texts | None) -> Scores:
-        if texts is None:
-            raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
+def program(name: str, function: RewardFn) -> Reward:
+    """A reward that runs on the host. Of several processes each asks it about answers of its own."""
+    return text_reward(name, function, on_host=one_process(), divided=not one_process())
+
+
+def text_reward(name: str, function: RewardFn, on_host: bool = False, divided: bool = False) -> Reward:
+    """divided: over the processes, of which each must then be asked at the same time (so that it is not `on_host`)."""
+
+    def ask(texts: Texts) -> Scores:
         try:
             said = function(texts.prompts, texts.completions, texts.rows)
             if inspect.isawaitable(said):
@@ -116,7 +123,66 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False) -> Reward:
             raise
         return checked(name, said if isinstance(said, Scores) else Scores(said), len(texts.prompts))
 
+    def score(rollout: Rollout, texts: Texts | None) -> Scores:
+        if texts is None:
+            raise ValueError(f"reward {name!r} reads text (`needs_text`), and was given none")
+        return asked_on_all(name, ask, texts) if divided else ask(texts)
+
     return Reward(name, True, score, on_host, check=getattr(function, "check_rows", any_row))
+
+
+def asked_on_all(name: str, ask: Callable[[Texts], Scores], texts: Texts) -> Scores:
+    """`ask(texts)`, each process about its own share of the answers. A trouble of one is an error on all."""
+    first, last = own_rows(texts.prompts, jax.process_count(), jax.process_index())
+    said, trouble = b"", None
+    if first < last:
+        try:
+            said = packed_scores(ask(Texts._make(column[first:last] for column in texts)))
+        except Exception as error:  # the others wait for this one
+            trouble = error
+    told = exchanged(b"!" + str(trouble).encode() if trouble is not None else b"." + said)
+    if trouble is not None:
+        raise trouble
+    for process, what in enumerate(told):
+        if what[:1] == b"!":
+            raise UserError(f"reward {name!r} failed on process {process}: {what[1:].decode()}")
+    return joined_scores([what[1:] for what in told if len(what) > 1])
+
+
+def own_rows(prompts: Sequence[str], processes: int, process: int) -> tuple[int, int]:
+    """The rows [first, last) that a process scores: about as many on each, and never a part of a prompt's answers,
+    which lie next to each other: a function may compare them."""
+    starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    ends = [*starts, len(prompts)]
+    cuts = [ends[round(len(starts) * k / processes)] for k in (process, process + 1)]
+    return cuts[0], cuts[1]
+
+
+def packed_scores(scores: Scores) -> bytes:
+    """Its arrays by their names, as .npz."""
+    given: dict[str, Any] = {"values": scores.values, "failed": scores.failed, "timed_out": scores.timed_out}
+    given |= {"tokens": scores.tokens} | {f"part {name}": part for name, part in scores.parts.items()}
+    for name, flags in scores.unscored.items():
+        given |= {f"failed {name}": flags[0], f"timed_out {name}": flags[1]}
+    file = io.BytesIO()
+    np.savez(file, **{name: np.asarray(x) for name, x in given.items() if x is not None})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def joined_scores(packed: Sequence[bytes]) -> Scores:
+    """The scores of all answers, from what `packed_scores` made of consecutive ones."""
+    files = [np.load(io.BytesIO(said), allow_pickle=False) for said in packed]
+    names = set(files[0].files)
+    if any(set(file.files) != names for file in files):
+        raise UserError(
+            "a reward said other things of some answers than of others: name the same parts for all"
+        )
+    whole = {name: np.concatenate([file[name] for file in files]) for name in files[0].files}
+    of = lambda kind: {n.removeprefix(kind): x for n, x in whole.items() if n.startswith(kind)}  # noqa: E731
+    failed, timed_out = of("failed "), of("timed_out ")
+    unscored = {name: (failed.get(name), timed_out.get(name)) for name in {**failed, **timed_out}}
+    flags = (whole.get("failed"), whole.get("timed_out"))
+    return Scores(whole["values"], of("part "), *flags, unscored, whole.get("tokens"))
 
 
 def steps_reward(name: str, process: ProcessReward, tokenizer: Tokenizer) -> Reward:
@@ -241,7 +307,7 @@ def noted_reward(
     """Of what a note in `folder` names: a stage, by the folder that it left beside this one, or a program."""
     if "stage" in said:
         return stage_reward(name, folder.parent / said["stage"], mesh, tokenizer, base)
-    return text_reward(name, program_reward(said["program"]), on_host=True)
+    return program(name, program_reward(said["program"]))
 
 
 def judged_reward(name: str, folder: Path, mesh: Mesh, *_: Any) -> Reward:
@@ -255,11 +321,11 @@ def rubric_reward(name: str, folder: Path, mesh: Mesh, *_: Any) -> Reward:
 
 
 def verified_reward(name: str, folder: Path, *_: Any) -> Reward:
-    return text_reward(name, verifier_of(read_json(folder / VERIFIER)), one_process())
+    return program(name, verifier_of(read_json(folder / VERIFIER)))
 
 
 def one_process() -> bool:
-    """Several processes agree on what a server said or what was too slow, in an order of their own: not in threads."""
+    """Several processes tell each other what a program or a server said, in one order: not in threads."""
     return jax.process_count() == 1
 
 
