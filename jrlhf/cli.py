@@ -122,6 +122,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         help="of several processes: end them when nothing has moved for so long (default: 1800; 0: wait for ever)",
     )  # fmt: skip
     p.add_argument(
+        "--profile", metavar="FIRST:LAST",
+        help="trace these steps of every training loop into its folder profile/; SIGUSR1 traces the next five",
+    )  # fmt: skip
+    p.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="FILE.py",
         help="first execute a file that defines classes named in a config.json",
     )  # fmt: skip
@@ -275,7 +279,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force))
         return 0
-    with _stop_on_sigterm(), _together():
+    with _stop_on_sigterm(), _trace_on_sigusr1(options.profile), _together():
         folder = ex.run(experiment, options.runs_dir, force=force)
     _report(folder)
     return 0
@@ -367,6 +371,22 @@ def _check_devices(devices: int | None) -> None:
 def _set_up_serving(runs_dir: Path) -> None:
     """Of a command that reads a model and leaves no folder of runs where there was none."""
     _set_up_jax(None, runs_dir if runs_dir.is_dir() else None)
+
+
+@contextlib.contextmanager
+def _trace_on_sigusr1(steps: str | None) -> Iterator[None]:
+    from jrlhf.training.profiling import PROFILING
+
+    if steps:
+        PROFILING.plan(steps)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, lambda *_: PROFILING.ask())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @contextlib.contextmanager

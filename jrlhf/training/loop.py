@@ -23,6 +23,7 @@ from jrlhf.config import Preempted, StageContext, UserError, did_you_mean, no_fi
 from jrlhf.metrics import MetricLogger, progress
 from jrlhf.sharding import HOST, fetch, leads, moved, on_host, path_names, placed, state_shardings
 from jrlhf.training.monitors import Monitor, Snapshots
+from jrlhf.training.profiling import PROFILING
 from jrlhf.types import TrainState
 
 
@@ -239,6 +240,8 @@ def train(
     try:
         with progress(ctx.console, steps, ctx.name, start) as bar:
             for step in range(start, steps):
+                if told := PROFILING.before(step, ctx.folder / "profile", state):
+                    ctx.console.print(f"  {told}")
                 state, metrics, batch = do_step(state, step, flush)
                 flush()
                 pending = (step + 1, metrics, batch)
@@ -281,6 +284,8 @@ def train(
             flush()
             bar.update(done if ending else steps, {k: last[k] for k in show if k in last})
     finally:
+        if told := PROFILING.end():
+            ctx.console.print(f"  {told}")
         checkpointer.close()
         if snapshots is not None:
             snapshots.close()
