@@ -1,4 +1,4 @@
-"""The command line: `jrlhf run | list | show | compare | generate | chat | export`.
+"""The command line: `jrlhf run | mesh | list | show | compare | generate | chat | export`.
 
 Exit codes: 0 done; 1 a bug (with a traceback); 2 a mistake of the user's, in one message; 75 asked to stop
 (SIGTERM), saved, the same command goes on; 130 interrupted by Ctrl-C.
@@ -130,6 +130,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         help="first execute a file that defines classes named in a config.json",
     )  # fmt: skip
 
+    p = command("mesh", _mesh, "show where the parameters of an experiment's models would lie")
+    p.usage = "jrlhf mesh FILE [--chips N] [--FIELD VALUE ...]"
+    p.epilog = "For example: jrlhf mesh FILE --chips 64 --mesh.data 4 --mesh.fsdp 16"
+    p.add_argument("file", metavar="FILE", help="experiment file (.py), run folder or its config.json")
+    p.add_argument(
+        "--chips", type=int, metavar="N", help="devices of a mesh with an axis of -1 (default: those here)"
+    )
+    p.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="FILE.py", help="as of `run`"
+    )
+
     command("list", _list, "list the runs")
 
     p = command("show", _show, "show a run's stages and results")
@@ -197,8 +208,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise SystemExit(EXIT_USER_ERROR)
     if name is not None and name not in commands:
         raise UserError(f"{name}: no such command.{did_you_mean(name, commands)}")
-    if name == "run":
-        return _parse_run(commands["run"], argv[argv.index("run") + 1 :])
+    if name in ("run", "mesh"):  # they take the experiment's fields, too
+        return _parse_run(commands[name], argv[argv.index(name) + 1 :])
     options = parser.parse_args(argv)
     options.runs_dir = options.runs_dir or _default_runs_dir()
     return options
@@ -282,6 +293,30 @@ def _run(options: argparse.Namespace) -> int:
     with _stop_on_sigterm(), _trace_on_sigusr1(options.profile), _together():
         folder = ex.run(experiment, options.runs_dir, force=force)
     _report(folder)
+    return 0
+
+
+def _mesh(options: argparse.Namespace) -> int:
+    from jrlhf import experiment as ex
+
+    if options.help:
+        options.help.print_help()
+        return 0
+    if options.chips is not None and options.chips < 1:
+        raise UserError(f"--chips: expected at least 1, got {options.chips}")
+    _set_up_jax(None, None)
+    for file in options.imports:
+        ex.load_python(Path(file))
+    if not options.file.endswith(".py"):
+        _import_rooms()
+    experiment = apply_overrides(ex.load_experiment(options.file), options.overrides, options.own)
+    from jrlhf.training.placement import abstract_mesh, placement_tables
+
+    mesh = abstract_mesh(experiment.mesh, options.chips)
+    console = _wide_console()
+    for heading, table in placement_tables(experiment.stages, mesh):
+        console.print(heading, soft_wrap=True, highlight=False)
+        console.print(table)
     return 0
 
 

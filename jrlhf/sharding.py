@@ -45,20 +45,26 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises UserError when the axes do not multiply to the number of devices.
     """
     devices = list(devices) if devices is not None else jax.devices()
+    # Auto: the partitioner completes the constraints that the model gives at layer boundaries.
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(mesh_sizes(config, len(devices)), MESH_AXES, axis_types=types, devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """(data, fsdp, tensor) of so many devices; UserError where they do not multiply to that."""
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"mesh: sizes must be positive and at most one may be -1, got {_shown(config)}")
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
         needs = f"a multiple of {known}" if -1 in sizes else str(known)
         raise UserError(
-            f"mesh: {_shown(config)} needs {needs} devices, but there are {len(devices)}. Change the mesh, or "
+            f"mesh: {_shown(config)} needs {needs} devices, but there are {devices}. Change the mesh, or "
             f"try it on virtual CPU devices: --devices {known}"
         )
-    # Auto: the partitioner completes the constraints that the model gives at layer boundaries.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return tuple(sizes)
 
 
 def _shown(config: MeshConfig) -> str:
@@ -74,7 +80,9 @@ def logical_spec(axes: tuple[str | None, ...]) -> P:
     return P(*[s[0] if len(s) == 1 else (s or None) for s in split])
 
 
-def checked_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str):
+def checked_sharding(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str
+):
     """NamedSharding of an array; UserError naming array and axis where the mesh does not divide it."""
     spec = logical_spec(axes)
     for axis, size, split in zip(axes, shape, spec, strict=True):
@@ -139,7 +147,9 @@ def path_names(path: tuple) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def state_shardings(mesh: Mesh, state: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]]) -> Any:
+def state_shardings(
+    mesh: Mesh | AbstractMesh, state: Any, axes: Mapping[tuple[str, ...], tuple[str | None, ...]]
+) -> Any:
     """Shardings for any tree that contains model parameters: params, reference, optimiser moments.
 
     `axes` maps a parameter's path inside the model (`("layers", "attn", "q")`) to its logical axes. A leaf
