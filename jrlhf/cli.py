@@ -304,6 +304,10 @@ def _mesh(options: argparse.Namespace) -> int:
         return 0
     if options.chips is not None and options.chips < 1:
         raise UserError(f"--chips: expected at least 1, got {options.chips}")
+    import jax
+
+    if options.chips:  # nothing runs: the devices that are here, if any, are left to others
+        jax.config.update("jax_platforms", "cpu")
     _set_up_jax(None, None)
     for file in options.imports:
         ex.load_python(Path(file))

@@ -269,8 +269,9 @@ def test_a_host_that_dies_ends_all_and_they_go_on(victim, slow, uninterrupted):
     else:
         assert code == 75, said
         assert "one of them may be gone. The same command, on all hosts, goes on" in said
-    results = ended(start(slow, 2, 1))
-    assert [code for code, _ in results] == [0, 0], results
+    again = (2, 1) if victim == 0 else (1, 2)  # the same hosts, or one with as many devices
+    results = ended(start(slow, *again))
+    assert {code for code, _ in results} == {0}, results
     assert "resuming at step" in results[0][1]
     assert_same(learned(slow), uninterrupted[0])
 
