@@ -150,8 +150,14 @@ NAMES: dict[str, Name] = {
     "perf/hbm_peak": Name("bytes", "most device memory in use so far, of the fullest local device"),
     "perf/compile_count": Name("", "compilations since the run began; constant after warm-up"),
     "perf/compile_s": Name("s", "spent compiling, or reading what was compiled before, since the run began"),
+    "perf/goodput": Name(
+        "fraction",
+        "of the time since the stage began (or went on) that steps took: not compiling, restoring, saving, evaluating",
+    ),
     "perf/pad_frac": Name("fraction", "positions of the batch that are padding"),
-    "time/<phase>": Name("s", "wall-clock seconds of a step, or of one phase of it (rollout)"),
+    "time/<phase>": Name(
+        "s", "wall-clock seconds of a step, or of one phase of it (rollout; data: waiting for a batch)"
+    ),
 }
 
 

@@ -192,6 +192,7 @@ def train(
     A `monitor` that says so ends training early; what is returned, and evaluated last, may then be an earlier policy.
     Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
     """
+    clock = Clock()
     checkpointer = Checkpointer(
         ctx.folder / "checkpoints", config.keep_last, config.keep_best, config.best_mode, ctx.console.print
     )
@@ -214,10 +215,10 @@ def train(
     logger = MetricLogger(ctx.folder, resume_step=start if restored is not None else None)
     pending: tuple | None = None
     last: dict = {}
-    clock = time.perf_counter()
+    clock.restart()
 
     def flush() -> None:
-        nonlocal pending, last, clock
+        nonlocal pending, last
         if pending is None:
             return
         step, metrics, batch = pending
@@ -227,9 +228,7 @@ def train(
         if monitor is not None:
             last |= monitor.observe(step, last)
         bad = [k for k, v in last.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]
-        now = time.perf_counter()
-        logger.log(step, last | performance(last, now - clock))
-        clock = now
+        logger.log(step, last | performance(last, *clock.lap()))
         if bad and config.on_nonfinite == "stop":
             path = save_batch(ctx.folder / f"nonfinite_step_{step}.npz", batch)
             raise UserError(
@@ -252,7 +251,7 @@ def train(
                 if snapshots is not None and (ending or snapshots.due(done)):
                     flush()
                     snapshots.consider(done, state.params["policy"])
-                    clock = time.perf_counter()
+                    clock.restart()
                 if snapshots is not None and ending:
                     policy = snapshots.best(state.params["policy"])
                     state = state._replace(params={**state.params, "policy": policy})
@@ -262,7 +261,7 @@ def train(
                     evaluated = {k: float(v) for k, v in evaluate(state, done).items()}
                     logger.log(done, evaluated)
                     last |= evaluated
-                    clock = time.perf_counter()  # no part of the next step
+                    clock.restart()  # no part of the next step
                 if ending:
                     break  # like the last step it leaves no checkpoint: a run killed after it comes to it again
                 stopping = hosts.stop_requested() and done < steps
@@ -278,7 +277,7 @@ def train(
                     if snapshots is not None:
                         snapshots.wait()  # the checkpoint names the best step, whose policy must be there
                     checkpointer.save(done, state, where, last)
-                    clock = time.perf_counter()
+                    clock.restart()
                 if stopping:
                     raise Preempted(f"{ctx.name}: saved at step {done} of {steps}")
             flush()
@@ -293,10 +292,31 @@ def train(
     return state
 
 
-def performance(metrics: dict, seconds: float) -> dict:
+class Clock:
+    """Times steps, and tells what share of the time since it began they are, compiling left out."""
+
+    def __init__(self) -> None:
+        self._began, self._useful = time.perf_counter(), 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """What went before is no part of the next step."""
+        self._at, self._compiled = time.perf_counter(), COMPILATIONS.seconds
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds of the step that ends here, share of all time so far)"""
+        now = time.perf_counter()
+        seconds = now - self._at
+        self._useful += max(seconds - (COMPILATIONS.seconds - self._compiled), 0.0)
+        self.restart()
+        return seconds, self._useful / (now - self._began)
+
+
+def performance(metrics: dict, seconds: float, goodput: float) -> dict:
     """Of one step: its time, tokens per second, compilations so far, and device memory where the backend tells."""
     found = {
         "time/step": seconds,
+        "perf/goodput": goodput,
         "perf/compile_count": COMPILATIONS.count,
         "perf/compile_s": COMPILATIONS.seconds,
     }

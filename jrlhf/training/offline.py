@@ -1,5 +1,6 @@
 """The driver for algorithms that learn from a dataset: pretraining, SFT, reward models, DPO."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,11 @@ def train_offline(
             step.lower(template, frozen, shapes).compile()
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
+        began = time.perf_counter()
         batch = feed(n)
+        waited = {"time/data": time.perf_counter() - began}
         state, metrics = step(state, frozen, batch)
-        return state, metrics, batch
+        return state, metrics | waited, batch
 
     try:
         return train(ctx, loop, steps, template, make_state, do_step, evaluate, show, **where)

@@ -17,7 +17,7 @@ from jrlhf.config import MeshConfig, StageContext, UserError
 from jrlhf.data.batching import Batches
 from jrlhf.metrics import read_metrics
 from jrlhf.optim import OptimConfig
-from jrlhf.training import online
+from jrlhf.training import loop, online
 from jrlhf.training.data import BatchFeed, demonstration_batch
 from jrlhf.training.loop import LoopConfig, guarded, is_finite
 from jrlhf.training.loop import train as run_loop
@@ -100,6 +100,7 @@ def test_an_exploding_ppo_run_stops_too(train, one_device_runs):
 def test_skipping_goes_on_with_the_last_sound_parameters(train):
     loop = replace(tiny.loop(5), on_nonfinite="skip")
     folder = train(skips=replace(tiny.experiment.stages["sft"], optim=EXPLODING, loop=loop))["skips"]
+    assert all(0 <= row["time/data"] < row["time/step"] for row in trained(folder))
     skipped = [row["train/skipped"] for row in trained(folder)]
     assert len(skipped) == 5
     assert skipped[0] == 0
@@ -191,3 +192,22 @@ def test_an_evaluation_is_not_in_the_time_of_a_step(tmp_path, monkeypatch):
     loop = LoopConfig(steps=4, eval_every=1, checkpoint_every=0)
     run_loop(ctx, loop, 4, state, lambda: state, step, evaluate)
     assert all(row["time/step"] < slept for row in trained(tmp_path))
+
+
+# --- where the time went ----------------------------------------------------------------------------------------
+
+
+def test_goodput_is_the_share_of_the_time_that_steps_took(monkeypatch):
+    """Two seconds to restore, a step of three, an evaluation of one, and a step of two of which one was compiling."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    clock = loop.Clock()
+    now[0] = 2.0
+    clock.restart()
+    now[0] = 5.0
+    assert clock.lap() == (3.0, 3 / 5)
+    now[0] = 6.0
+    clock.restart()
+    monkeypatch.setattr(loop.COMPILATIONS, "seconds", loop.COMPILATIONS.seconds + 1.0)
+    now[0] = 8.0
+    assert clock.lap() == (2.0, pytest.approx(4 / 8))

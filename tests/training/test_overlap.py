@@ -490,7 +490,7 @@ def test_seconds_of_compiling_are_counted_where_something_is_compiled():
     assert after[1] > before[1]
     twice(jnp.ones(3))
     assert (COMPILATIONS.count, COMPILATIONS.seconds) == after
-    told = performance({}, 1.0)
+    told = performance({}, 1.0, 0.5)
     assert (told["perf/compile_count"], told["perf/compile_s"]) == after
 
 
