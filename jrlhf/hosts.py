@@ -88,20 +88,24 @@ def stop_requested() -> bool:
     return STOP.requested
 
 
+LAST = 15.0  # seconds that the first process waits longer
+
+
 class Watch:
     """Ends the process when nothing has moved for too long: where one host hangs, the others wait for it for ever.
 
-    It tells where every thread stands. All hosts wait for the one that hangs, so that all of them end.
+    It tells where every thread stands. All hosts wait for the one that hangs, so that all of them end; the first
+    process last, for jax ends the others with it.
     """
 
     def __init__(self) -> None:
-        self._limit = 0.0
+        self._limit = self._wait = 0.0
         self._moved = 0.0
         self._last = ""
 
     def start(self, limit: float) -> None:
         """limit: seconds without a call of `moved` that are too many."""
-        self._limit = limit
+        self._limit, self._wait = limit, limit + (LAST if jax.process_index() == 0 else 0.0)
         self.moved("the start")
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
@@ -110,7 +114,7 @@ class Watch:
         self._moved, self._last = time.monotonic(), what
 
     def _look(self) -> None:
-        while time.monotonic() - self._moved < self._limit:
+        while time.monotonic() - self._moved < self._wait:
             time.sleep(min(self._limit / 10, 5.0))
         faulthandler.dump_traceback(all_threads=True)
         leave(

@@ -4,7 +4,7 @@ Where only arithmetic is at stake the policy is a table: one distribution over t
 """
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -154,17 +154,22 @@ jitted = functools.cache(jax.jit)
 
 @functools.cache
 def make(config, optimizer=DESCENT, model=Table(), temperature=1.0):
-    known = next(t for t in type(config).__mro__ if t in FROM_ROLLOUTS)
-    return FROM_ROLLOUTS[known](config, model, optimizer, temperature)
+    return FROM_ROLLOUTS[type(config)](config, model, optimizer, temperature)
 
 
-@functools.cache
-def scored_before(config):
-    """The same algorithm, which scores its samples before the update even where the update could tell."""
-    like = type(config)
-    return type(like.__name__, (like,), {"critic": True})(
-        **{f.name: getattr(config, f.name) for f in fields(like)}
-    )
+def scored_before(config, monkeypatch, optimizer=DESCENT, model=Table(), temperature=1.0):
+    """The same algorithm, jitted, which scores its samples before the update even where the update could tell."""
+    made = make.__wrapped__(config, optimizer, model, temperature)
+
+    def before(function):
+        def traced(*args):
+            with monkeypatch.context() as patch:
+                patch.setattr(OnPolicyConfig, "scored_in_update", False)
+                return function(*args)
+
+        return jax.jit(traced)
+
+    return made._replace(make_batch=before(made.make_batch), train_step=before(made.train_step))
 
 
 def batch_of(config, tables, samples, *more):
@@ -323,14 +328,16 @@ def test_online_dpo_pairs_the_best_with_the_worst(tables, samples):
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_old_log_probabilities_are_old_so_that_the_second_epoch_is_clipped(config, tables, samples):
+def test_old_log_probabilities_are_old_so_that_the_second_epoch_is_clipped(
+    config, tables, samples, monkeypatch
+):
     """The first epoch's ratios are all 1. In the second the policy has moved, and the clip binds somewhere."""
-    first, both = scored_before(replace(config, epochs=1)), config
     batch = batch_of(config, tables, samples)
-    runs = {}
-    for name, c in (("first", first), ("both", both)):
-        algorithm = make(c, STEEP)
-        runs[name] = jax.device_get(jitted(algorithm.train_step)(algorithm.init(*tables, KEY), batch)[1])
+    first, both = scored_before(replace(config, epochs=1), monkeypatch, STEEP), make(config, STEEP)
+    runs = {
+        "first": jax.device_get(first.train_step(first.init(*tables, KEY), batch)[1]),
+        "both": jax.device_get(jitted(both.train_step)(both.init(*tables, KEY), batch)[1]),
+    }
     assert runs["first"]["policy/clip_frac"] == 0
     assert runs["first"]["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert runs["both"]["policy/clip_frac"] > 0.05
@@ -481,16 +488,17 @@ def padded(batch: PolicyBatch, before: int, after: int) -> PolicyBatch:
     ],
     ids=["buckets", "shared", "sequences"],
 )
-def test_the_only_update_of_a_batch_scores_it_as_a_pass_before_it_would(config, decoded):
+def test_the_only_update_of_a_batch_scores_it_as_a_pass_before_it_would(config, decoded, monkeypatch):
     """One forward pass less: the same step, and the same numbers about the samples."""
     shift = np.random.default_rng(0).normal(0.0, 0.3, decoded[0].logprobs.shape).astype(np.float32)
     samples = (decoded[0]._replace(logprobs=decoded[0].logprobs + shift), decoded[1])
     runs = []
-    for c in (config, scored_before(config)):
-        algorithm = make(c, DESCENT, MODEL, TEMPERATURE)
+    plain = make(config, DESCENT, MODEL, TEMPERATURE)
+    plain = plain._replace(make_batch=jitted(plain.make_batch), train_step=jitted(plain.train_step))
+    for algorithm in (plain, scored_before(config, monkeypatch, DESCENT, MODEL, TEMPERATURE)):
         state = algorithm.init(lm_params(0), lm_params(1), KEY)
-        batch = jitted(algorithm.make_batch)(state, *samples)
-        runs.append((batch, *jitted(algorithm.train_step)(state, batch)))
+        batch = algorithm.make_batch(state, *samples)
+        runs.append((batch, *algorithm.train_step(state, batch)))
     (batch, state, metrics), (_, other_state, other_metrics) = jax.device_get(runs)
     assert_close(state.params, other_state.params)
     ratios = {

@@ -199,15 +199,15 @@ def test_an_evaluation_is_not_in_the_time_of_a_step(tmp_path, monkeypatch):
 
 def test_goodput_is_the_share_of_the_time_that_steps_took(monkeypatch):
     """Two seconds to restore, a step of three, an evaluation of one, and a step of two of which one was compiling."""
-    now = [0.0]
+    now = [10.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     clock = loop.Clock()
-    now[0] = 2.0
+    now[0] = 12.0
     clock.restart()
-    now[0] = 5.0
+    now[0] = 15.0
     assert clock.lap() == (3.0, 3 / 5)
-    now[0] = 6.0
+    now[0] = 16.0
     clock.restart()
     monkeypatch.setattr(loop.COMPILATIONS, "seconds", loop.COMPILATIONS.seconds + 1.0)
-    now[0] = 8.0
+    now[0] = 18.0
     assert clock.lap() == (2.0, pytest.approx(4 / 8))
