@@ -30,7 +30,7 @@ from jrlhf.config import (
 )
 
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_PREEMPTED = os.EX_TEMPFAIL  # 75
 EXIT_INTERRUPTED = 130
 
 
@@ -275,11 +275,7 @@ def _run(options: argparse.Namespace) -> int:
         _set_up_jax(options.devices, cache)
         _join_others(options)
         _check_devices(options.devices)
-    for file in options.imports:
-        ex.load_python(Path(file))
-    if not options.file.endswith(".py"):
-        _import_rooms()
-    experiment = ex.load_experiment(options.file)
+    experiment = _loaded(options)
     if options.help:
         options.help.print_help()
         print()
@@ -296,9 +292,18 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _mesh(options: argparse.Namespace) -> int:
+def _loaded(options: argparse.Namespace) -> Any:
+    """The experiment of FILE, as it stands there."""
     from jrlhf import experiment as ex
 
+    for file in options.imports:
+        ex.load_python(Path(file))
+    if not options.file.endswith(".py"):
+        _import_rooms()
+    return ex.load_experiment(options.file)
+
+
+def _mesh(options: argparse.Namespace) -> int:
     if options.help:
         options.help.print_help()
         return 0
@@ -309,11 +314,7 @@ def _mesh(options: argparse.Namespace) -> int:
     if options.chips:  # nothing runs: the devices that are here, if any, are left to others
         jax.config.update("jax_platforms", "cpu")
     _set_up_jax(None, None)
-    for file in options.imports:
-        ex.load_python(Path(file))
-    if not options.file.endswith(".py"):
-        _import_rooms()
-    experiment = apply_overrides(ex.load_experiment(options.file), options.overrides, options.own)
+    experiment = apply_overrides(_loaded(options), options.overrides, options.own)
     from jrlhf.training.placement import abstract_mesh, placement_tables
 
     mesh = abstract_mesh(experiment.mesh, options.chips)

@@ -16,7 +16,6 @@ import numpy as np
 
 from jrlhf.config import STOP, UserError
 
-GONE = 75  # EX_TEMPFAIL: try again
 AGAIN = "The same command, on all hosts, goes on from the last checkpoint."
 # What jax and the libraries under it say where another process is no longer there.
 LOSSES = (
@@ -51,7 +50,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         if not is_loss(e):
             raise UserError(f"--distributed: jax could not join the others ({e})") from e
         print(f"the other hosts did not come in time ({e})", file=sys.stderr)
-        raise SystemExit(GONE) from e
+        raise SystemExit(os.EX_TEMPFAIL) from e
 
 
 def is_loss(error: Exception) -> bool:
@@ -126,7 +125,7 @@ class Watch:
 WATCH = Watch()
 
 
-def leave(why: str, code: int = GONE) -> None:
+def leave(why: str, code: int = os.EX_TEMPFAIL) -> None:
     """Ends this process of several at once, without waiting for the others, which may never come."""
     print(f"process {jax.process_index()} of {jax.process_count()}: {why}", file=sys.stderr, flush=True)
     sys.stdout.flush()

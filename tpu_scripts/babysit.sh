@@ -36,18 +36,12 @@ Examples:
 USAGE
 }
 
-tier=() how=create
+how=create
 while (($#)); do
   TAKEN=1
   case $1 in
-    --id)
-      value_of "$@"
-      run_id "$2"
-      ;;
-    --spot | --reserved)
-      ((${#tier[@]} == 0)) || die 2 "--spot and --reserved: choose one"
-      tier=("$1")
-      ;;
+    --id) run_id "$@" ;;
+    --spot | --reserved) tier "$1" ;;
     --queue) how=queue ;;
     --poll)
       value_of "$@"
@@ -80,7 +74,7 @@ note() { say "$(date -u +%FT%TZ) babysit: $*"; }
 if ((DRY_RUN)); then
   echo "# where there is no TPU, or it was preempted:"
   "$SCRIPTS/delete.sh" --yes --dry-run
-  "$SCRIPTS/$how.sh" "${tier[@]}" --dry-run
+  "$SCRIPTS/$how.sh" "${TIER[@]}" --dry-run
   "$SCRIPTS/setup.sh" --dry-run
   echo "# where the run is not running:"
   "$SCRIPTS/run.sh" --id "$RUN_ID" --dry-run -- "$@"
@@ -90,7 +84,7 @@ if ((DRY_RUN)); then
   exit 0
 fi
 
-if ((ACC_HOSTS > 1)) || [[ ${tier[*]} == --spot ]]; then
+if ((ACC_HOSTS > 1)) || [[ ${TIER[*]} == --spot ]]; then
   [[ -n $TPU_STORAGE || $TPU_RUNS_DIR == /* ]] ||
     note "warning: no TPU_STORAGE: runs are on the workers' own disks, and what is on them goes with a preempted TPU"
 fi
@@ -126,7 +120,7 @@ while :; do
     STOPPED) die 1 "somebody has stopped $TPU_NAME: start it with gcloud compute tpus tpu-vm start, or delete.sh" ;;
     ABSENT | PREEMPTED | TERMINATED)
       if ((begun)); then again "$TPU_NAME is $STATE"; else note "$TPU_NAME is $STATE"; fi
-      if ! { "$SCRIPTS/delete.sh" --yes && "$SCRIPTS/$how.sh" "${tier[@]}" && start "$@"; }; then
+      if ! { "$SCRIPTS/delete.sh" --yes && "$SCRIPTS/$how.sh" "${TIER[@]}" && start "$@"; }; then
         begun=1
       fi
       continue

@@ -18,14 +18,10 @@ Examples:
 USAGE
 }
 
-tier=()
 while (($#)); do
   TAKEN=1
   case $1 in
-    --spot | --reserved)
-      ((${#tier[@]} == 0)) || die 2 "--spot and --reserved: choose one"
-      tier=("$1")
-      ;;
+    --spot | --reserved) tier "$1" ;;
     *) common_option "$@" ;;
   esac
   shift "$TAKEN"
@@ -55,7 +51,7 @@ fi
 creation_flags
 code=0
 run_cmd gcloud compute tpus tpu-vm create "$TPU_NAME" "${WHERE[@]}" --accelerator-type="$ACC_GCLOUD" \
-  --version="$TPU_RUNTIME" "${tier[@]}" "${FLAGS[@]}" || code=$?
+  --version="$TPU_RUNTIME" "${TIER[@]}" "${FLAGS[@]}" || code=$?
 ((code == 0)) ||
   die "$code" "$TPU_NAME was not created (gcloud's exit code $code, its message is above). No capacity: queue.sh" \
     "waits for it. No quota: ask for it for $ACC_GCLOUD in $TPU_ZONE, or take another zone"

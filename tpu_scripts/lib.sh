@@ -55,9 +55,16 @@ number() { # OPTION VALUE
   [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ ]] || die 2 "$1: expected a number of seconds, got $2"
 }
 
-run_id() { # VALUE: sets RUN_ID
-  [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "--id: letters, digits, '.', '_' and '-' are allowed, got $1"
-  RUN_ID=$1
+run_id() { # --id VALUE: sets RUN_ID
+  value_of "$@"
+  [[ $2 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die 2 "--id: letters, digits, '.', '_' and '-' are allowed, got $2"
+  RUN_ID=$2
+}
+
+TIER=()
+tier() { # --spot|--reserved: sets TIER
+  ((${#TIER[@]} == 0)) || die 2 "--spot and --reserved: choose one"
+  TIER=("$1")
 }
 
 # After the options: settings, and whether there is a gcloud.

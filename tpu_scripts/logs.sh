@@ -22,10 +22,7 @@ which=0 lines=50 follow=1
 while (($#)); do
   TAKEN=1
   case $1 in
-    --id)
-      value_of "$@"
-      run_id "$2"
-      ;;
+    --id) run_id "$@" ;;
     --worker)
       value_of "$@"
       which=$2

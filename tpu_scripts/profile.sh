@@ -26,10 +26,7 @@ which=0 limit=300 to=profiles
 while (($#)); do
   TAKEN=1
   case $1 in
-    --id)
-      value_of "$@"
-      run_id "$2"
-      ;;
+    --id) run_id "$@" ;;
     --worker)
       value_of "$@"
       which=$2

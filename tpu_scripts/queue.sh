@@ -23,14 +23,10 @@ Examples:
 USAGE
 }
 
-tier=()
 while (($#)); do
   TAKEN=1
   case $1 in
-    --spot | --reserved)
-      ((${#tier[@]} == 0)) || die 2 "--spot and --reserved: choose one"
-      tier=("$1")
-      ;;
+    --spot | --reserved) tier "$1" ;;
     --limit)
       value_of "$@"
       whole_number "$1" "$2"
@@ -51,7 +47,7 @@ create() {
   local code=0
   creation_flags
   run_cmd gcloud compute tpus queued-resources create "$QUEUE" "${WHERE[@]}" --node-id="$TPU_NAME" \
-    --accelerator-type="$ACC_GCLOUD" --runtime-version="$TPU_RUNTIME" "${tier[@]}" "${FLAGS[@]}" || code=$?
+    --accelerator-type="$ACC_GCLOUD" --runtime-version="$TPU_RUNTIME" "${TIER[@]}" "${FLAGS[@]}" || code=$?
   ((code == 0)) || die "$code" "$QUEUE was not created (gcloud's exit code $code, its message is above)"
 }
 

@@ -27,10 +27,7 @@ USAGE
 while (($#)); do
   TAKEN=1
   case $1 in
-    --id)
-      value_of "$@"
-      run_id "$2"
-      ;;
+    --id) run_id "$@" ;;
     --)
       shift
       break

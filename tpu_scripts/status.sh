@@ -26,8 +26,7 @@ while (($#)); do
   TAKEN=1
   case $1 in
     --id)
-      value_of "$@"
-      run_id "$2"
+      run_id "$@"
       only=$2
       ;;
     *) common_option "$@" ;;

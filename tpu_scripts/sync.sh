@@ -14,7 +14,7 @@ have this id are left alone; files that are gone here go there too. Refuses whil
 
 Examples:
   tpu_scripts/sync.sh
-  tpu_scripts/sync.sh --pack /tmp/source.tgz && tpu_scripts/sync.sh --archive /tmp/source.tgz
+  tpu_scripts/sync.sh --pack ../source.tgz && tpu_scripts/sync.sh --archive ../source.tgz
 
   --pack FILE     only write the archive, send nothing
   --archive FILE  send this archive, which --pack has written, in place of the working tree as it is now

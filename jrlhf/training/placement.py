@@ -87,6 +87,7 @@ def placement_tables(stages: Mapping[str, Stage], mesh: AbstractMesh) -> Iterato
     by_config: dict[ModelConfig, list[str]] = {}
     for name, _, config in found:
         by_config.setdefault(config, []).append(name)
+    params_of: dict[ModelConfig, int] = {}
     for config, names in by_config.items():
         table = Table()
         for column in ("parameter", "axes, and by what they are split", "dtype"):
@@ -96,19 +97,17 @@ def placement_tables(stages: Mapping[str, Stage], mesh: AbstractMesh) -> Iterato
         rows = placed(Model(config), mesh)
         for row in rows:
             table.add_row(row.name, row.split, row.dtype, _size(row.bytes), _size(row.bytes_each))
+        params_of[config] = sum(row.bytes_each for row in rows)
         table.add_section()
-        table.add_row(
-            "all", "", "", _size(sum(r.bytes for r in rows)), _size(sum(r.bytes_each for r in rows))
-        )
+        table.add_row("all", "", "", _size(sum(row.bytes for row in rows)), _size(params_of[config]))
         yield f"the model of {', '.join(names)} on {sizes}", table
     kept = Table()
     kept.add_column("stage")
     for column in ("parameters", "gradient", "optimiser", "together"):
         kept.add_column(column, justify="right")
     for name, stage, config in found:
-        model = Model(config)
-        params = sum(row.bytes_each for row in placed(model, mesh))
-        state = optimizer_bytes(model, stage.optim, mesh)  # type: ignore[attr-defined]
+        params = params_of[config]
+        state = optimizer_bytes(Model(config), stage.optim, mesh)  # type: ignore[attr-defined]
         kept.add_row(name, *map(_size, (params, params, state, 2 * params + state)))
     what = "of the model that it trains, all parameters; a reference, a critic and activations come to it"
     yield f"on each device while a stage trains, on {sizes} ({what})", kept
