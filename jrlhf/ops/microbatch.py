@@ -98,22 +98,18 @@ def value_and_grad_rows(
         whole, by_row = run(batch)
         return *whole, *by_row
 
-    def step(carry, rows):
+    def step(summed, rows):
         (sums, maxima, grads), by_row = run(rows)
-        carry_sums, carry_maxima, carry_grads = carry
-        add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
-        return (
-            add(carry_sums, sums),
-            jax.tree.map(jnp.maximum, carry_maxima, maxima),
-            add(carry_grads, grads),
-        ), by_row
+        return jax.tree.map(jnp.add, summed, grads), (sums, maxima, by_row)
 
-    pieces = split_rows(batch, parts)
-    (sums, maxima, grads), _ = jax.eval_shape(run, jax.tree.map(lambda x: x[0], pieces))
-    zero = lambda tree: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tree)  # noqa: E731
-    lowest = jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), maxima)
-    whole, by_row = jax.lax.scan(step, (zero(sums), lowest, zero(grads)), pieces)
-    return *whole, *merge_rows(by_row)
+    # Of the gradient the sum alone is kept; the others are small. (No trial run tells their shapes: tracing the loss
+    # once more takes as long as compiling it.)
+    grads, (sums, maxima, by_row) = jax.lax.scan(
+        step, jax.tree.map(jnp.zeros_like, params), split_rows(batch, parts)
+    )
+    total = lambda tree: jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)  # noqa: E731
+    largest = jax.tree.map(lambda x: jnp.max(x, axis=0), maxima)
+    return total(sums), largest, grads, *merge_rows(by_row)
 
 
 def in_groups(tree: Any, group: int) -> Any:

@@ -584,26 +584,43 @@ def run_updates(
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, config.epochs))
     order = order.reshape(config.epochs * config.minibatches, -1)
 
-    def step(carry, index):
-        def run(carry):
-            learned, sums, maxima, done, _ = carry
-            # Which rows a minibatch has is chance; by length is only how it is cut into microbatches.
-            rows = index if used is None else index[by_length(used[index], config.microbatches)]
-            learned, more, peak = update(learned, taken(batch, rows))
-            sums, maxima = jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, peak)
-            stop = (more["policy/approx_kl"] > config.stop_kl) if config.stop_kl else jnp.bool_(False)
-            return learned, sums, maxima, done + 1.0, stop
-
-        if not config.stop_kl:
-            return run(carry), None
-        return jax.lax.cond(carry[-1], lambda carry: carry, run, carry), None
+    def run(learned, index):
+        # Which rows a minibatch has is chance; by length is only how it is cut into microbatches.
+        rows = index if used is None else index[by_length(used[index], config.microbatches)]
+        learned, sums, maxima = update(learned, taken(batch, rows))
+        return learned, (sums, maxima)
 
     learned = (state.params, state.opt_state)
-    _, sums, maxima = jax.eval_shape(update, learned, jax.tree.map(lambda x: x[order[0]], batch))
+    if not config.stop_kl:
+        learned, (sums, maxima) = jax.lax.scan(run, learned, order)
+        done = jnp.float32(len(order))
+    else:
+        learned, (sums, maxima), done = until_far(run, learned, order, config.stop_kl)
+    sums = jax.tree.map(lambda x: jnp.sum(x, axis=0) / done, sums)
+    maxima = jax.tree.map(lambda x: jnp.max(x, axis=0), maxima)
+    return learned, sums | maxima | {"policy/updates": done}
+
+
+def until_far(run: Callable, learned: Any, order: jax.Array, stop_kl: float) -> tuple[Any, Any, jax.Array]:
+    """A scan of `run(learned, index) -> (learned, (sums, maxima))` that leaves out what follows an update whose
+    approximate KL is above `stop_kl`: (learned, (sums, maxima), updates done)."""
+    _, (sums, maxima) = jax.eval_shape(run, learned, order[0])
     filled = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)  # noqa: E731
-    start = (learned, filled(sums, 0.0), filled(maxima, -jnp.inf), jnp.float32(0.0), jnp.bool_(False))
-    (learned, sums, maxima, done, _), _ = jax.lax.scan(step, start, order)
-    return learned, jax.tree.map(lambda x: x / done, sums) | maxima | {"policy/updates": done}
+    nothing = filled(sums, 0.0), filled(maxima, -jnp.inf)
+
+    def step(carry, index):
+        def skip(carry):
+            return carry, nothing
+
+        def once(carry):
+            learned, done, _ = carry
+            learned, (sums, maxima) = run(learned, index)
+            return (learned, done + 1.0, sums["policy/approx_kl"] > stop_kl), (sums, maxima)
+
+        return jax.lax.cond(carry[-1], skip, once, carry)
+
+    (learned, done, _), told = jax.lax.scan(step, (learned, jnp.float32(0.0), jnp.bool_(False)), order)
+    return learned, told, done
 
 
 def next_extra(
