@@ -1,4 +1,4 @@
-"""Checkpoints: written by Orbax in the background, committed by one rename, verified before they are used.
+"""Checkpoints: written by Orbax in the background, committed at once, verified before they are used.
 
 A checkpoint of step 12 is a folder
 
@@ -10,7 +10,9 @@ It is written as `saving-step-00000012`. The manifest comes last, and the rename
 process killed at any moment leaves either the previous checkpoint or the new one. Leaves go by their names
 (`params/policy/embed`), and the mesh is no part of a checkpoint, so it is restored onto any sharding.
 
-The run folder must be a file system that every process sees (a bucket has to be mounted).
+The folder is one that every process sees, or stands for a place in a bucket (`jrlhf.remote`). There nothing can be
+renamed: a checkpoint is written where it will stay, the manifest alone is the commit, and the checksums are those that
+the bucket keeps of its objects.
 """
 
 import errno
@@ -32,6 +34,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jrlhf import remote
 from jrlhf.config import UserError
 
 # Orbax spends about a millisecond of CPU on each leaf, whatever its size: the hundred small leaves of a tiny
@@ -54,7 +57,8 @@ class Checkpointer:
         that is not finite, is never the best.
       report: called with a line of text when a damaged or unfinished checkpoint is met; stderr by default.
 
-    In a run of several processes, every process calls every method.
+    In a run of several processes, every process calls every method. A folder in a bucket must lie in its stage's, whose
+    other files go up before a checkpoint is committed.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class Checkpointer:
         if best_mode not in ("max", "min"):
             raise UserError(f"best_mode is {best_mode!r}: use 'max' or 'min'")
         self.folder = _local_path(folder)
+        place = remote.bucket_path(self.folder)
+        self._store = _OnDisk(self.folder) if place is None else _InBucket(place, self.folder.parent)
         self.keep_last = keep_last
         self.best = best
         self.best_mode = best_mode
@@ -103,20 +109,20 @@ class Checkpointer:
             "position": json.loads(json.dumps(position)),  # a snapshot: the caller's dict goes on changing
             "metrics": {name: float(value) for name, value in metrics.items()},
         }
-        saving = self.folder / f"saving-{_folder_name(step)}"
         with _full_disk_is_a_user_error(self.folder):
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers()
+                self._store.clear(self._report)
             leaves, large, packed = _split(state)
+            saving = self._store.saving(step)
             self._orbax.save(saving / "state", args=_orbax().args.PyTreeSave({**large, _PACKED: packed}))
         self._known_step = step
-        self._pending = self._executor.submit(self._commit, saving, {**header, "leaves": leaves})
+        self._pending = self._executor.submit(self._commit, {**header, "leaves": leaves})
 
     def restore(self, template: Any, step: int | None = None) -> tuple[int, Any, dict] | None:
         """The newest intact checkpoint, placed as `template` says.
 
-        A damaged checkpoint is reported, renamed `damaged-…` and passed over for the one before it.
+        A damaged checkpoint is reported, renamed `damaged-…` (in a bucket its manifest is, to `damaged.json`) and
+        passed over for the one before it.
 
         Args:
           template: pytree of `jax.ShapeDtypeStruct` with a sharding, or of arrays. The mesh need not be that
@@ -134,7 +140,7 @@ class Checkpointer:
         found = _from_first_process(lambda: self._newest_intact(step))
         if found is None:
             return None
-        path = self.folder / _folder_name(found)
+        path = self._store.at(found)
         manifest = _read_manifest(path / "manifest.json")
         state = _load_state(path, manifest["leaves"], template, self._orbax)
         self._known_step = found
@@ -142,8 +148,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
-        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(name[1]) for name in names if name)
+        return self._store.steps()
 
     def best_step(self) -> int | None:
         """The step at which the metric `best` was best (the later one of equals); None where none has it."""
@@ -166,24 +171,19 @@ class Checkpointer:
             self._executor.shutdown()
             self._orbax.close()
 
-    def _commit(self, saving: Path, manifest: dict) -> None:
-        """Runs in the background: after Orbax's last byte the manifest, the rename, the old ones' removal."""
+    def _commit(self, manifest: dict) -> None:
+        """Runs in the background: after Orbax's last byte the manifest, the commit, the old ones' removal."""
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() != 0:
                 return
-            _write_manifest(saving / "manifest.json", {**manifest, "files": _checksums(saving)})
-            os.rename(saving, self.folder / _folder_name(manifest["step"]))
+            self._store.commit(manifest)
         except BaseException:
-            shutil.rmtree(saving, ignore_errors=True)  # it can no longer be finished and may fill the disk
+            self._store.abandon(manifest["step"])  # it can no longer be finished and may fill the disk
             raise
-        _sync_folder(self.folder)
         steps = self.steps()
         for step in set(steps) - {*steps[-self.keep_last :], self._best_of(steps)}:
-            # Renamed first, so that no half-deleted folder ever goes by the name of a checkpoint.
-            deleting = self.folder / f"deleting-{_folder_name(step)}"
-            os.rename(self.folder / _folder_name(step), deleting)
-            shutil.rmtree(deleting)
+            self._store.remove(step)
 
     def _best_of(self, steps: list[int]) -> int | None:
         if not self.best:
@@ -192,7 +192,7 @@ class Checkpointer:
         scores = []
         for step in steps:
             try:
-                manifest = _read_manifest(self.folder / _folder_name(step) / "manifest.json")
+                manifest = _read_manifest(self._store.at(step) / "manifest.json")
             except _Damaged:
                 continue  # `restore` reports it, should it come to that
             value = manifest["metrics"].get(self.best)
@@ -207,36 +207,132 @@ class Checkpointer:
         if step == newest == self._known_step:
             return True
         raise UserError(
-            f"{self.folder} already holds a checkpoint of step {newest}, and step {step} was to be saved: "
-            "resume from it, or give this run another folder"
+            f"{remote.shown(self.folder)} already holds a checkpoint of step {newest}, and step {step} was to be "
+            "saved: resume from it, or give this run another folder"
         )
 
     def _newest_intact(self, wanted: int | None) -> int | None:
         steps = self.steps()
         if wanted is not None and wanted not in steps:
-            raise UserError(f"{self.folder} holds no checkpoint of step {wanted}. It holds: {steps}")
+            where = remote.shown(self.folder)
+            raise UserError(f"{where} holds no checkpoint of step {wanted}. It holds: {steps}")
         for step in reversed(steps) if wanted is None else [wanted]:
-            path = self.folder / _folder_name(step)
+            path = self._store.at(step)
             try:
                 _verify(path)
             except _Damaged as damage:
-                moved = _free_name(self.folder / f"damaged-{path.name}")
-                os.rename(path, moved)
-                self._report(f"The checkpoint {path} is damaged ({damage}); renamed to {moved.name}.")
+                moved = self._store.set_aside(step)
+                self._report(f"The checkpoint {path} is damaged ({damage}); renamed to {moved}.")
                 if wanted is not None:
                     raise UserError(f"the checkpoint {path} is damaged: {damage}") from damage
             else:
                 return step
         if steps:
-            self._report(f"No intact checkpoint is left in {self.folder}.")
+            self._report(f"No intact checkpoint is left in {remote.shown(self.folder)}.")
         return None
 
-    def _remove_leftovers(self) -> None:
+
+class _OnDisk:
+    """Checkpoints in a folder of a file system."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(name[1]) for name in names if name)
+
+    def at(self, step: int) -> Path:
+        return self.folder / _folder_name(step)
+
+    def saving(self, step: int) -> Path:
+        """Where it is written until it is committed."""
+        return self.folder / f"saving-{_folder_name(step)}"
+
+    def commit(self, manifest: dict) -> None:
+        saving = self.saving(manifest["step"])
+        _write_manifest(saving / "manifest.json", {**manifest, "files": _checksums(saving)})
+        os.rename(saving, self.at(manifest["step"]))
+        _sync_folder(self.folder)
+
+    def abandon(self, step: int) -> None:
+        shutil.rmtree(self.saving(step), ignore_errors=True)
+
+    def remove(self, step: int) -> None:
+        # Renamed first, so that no half-deleted folder ever goes by the name of a checkpoint.
+        deleting = self.folder / f"deleting-{_folder_name(step)}"
+        os.rename(self.at(step), deleting)
+        shutil.rmtree(deleting)
+
+    def set_aside(self, step: int) -> str:
+        """Takes a damaged one out of `steps`; returns what it is called now."""
+        moved = _free_name(self.folder / f"damaged-{_folder_name(step)}")
+        os.rename(self.at(step), moved)
+        return moved.name
+
+    def clear(self, report: Callable[[str], None]) -> None:
+        """Makes the folder, and removes what killed runs have left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("saving-*"):
-            self._report(f"Removing {path}: its run was stopped before this checkpoint was complete.")
+            report(_UNFINISHED.format(path))
             shutil.rmtree(path)
         for path in self.folder.glob("deleting-*"):
             shutil.rmtree(path)
+
+
+class _InBucket:
+    """Checkpoints in a bucket: one is there if its manifest is.
+
+    Args:
+      place: `epath.Path` of the folder.
+      stage: the local folder of the stage whose checkpoints they are.
+    """
+
+    def __init__(self, place: Any, stage: Path):
+        self.place, self.stage = place, stage
+
+    def steps(self) -> list[int]:
+        return sorted(step for step, names in self._found().items() if "manifest.json" in names)
+
+    def at(self, step: int) -> Any:
+        return self.place / _folder_name(step)
+
+    saving = at
+
+    def commit(self, manifest: dict) -> None:
+        remote.push(self.stage)  # metrics of the steps before; and nobody else has taken over
+        path = self.at(manifest["step"])
+        _write_manifest(path / "manifest.json", {**manifest, "files": _checksums(path)})
+
+    def abandon(self, step: int) -> None:
+        """It is left: where another start has taken over, it is that one's by now. `clear` removes it."""
+
+    def remove(self, step: int) -> None:
+        remote.remove(self.at(step), first=["manifest.json"])
+
+    def set_aside(self, step: int) -> str:
+        path = self.at(step)
+        (path / "damaged.json").write_bytes((path / "manifest.json").read_bytes())
+        (path / "manifest.json").unlink()
+        return f"{path.name}/damaged.json"
+
+    def clear(self, report: Callable[[str], None]) -> None:
+        for step, names in self._found().items():
+            if "manifest.json" not in names:
+                if "damaged.json" not in names:
+                    report(_UNFINISHED.format(self.at(step)))
+                self.remove(step)
+
+    def _found(self) -> dict[int, set[str]]:
+        """Names of the objects of each step."""
+        found: dict[int, set[str]] = {}
+        for name in remote.contents(self.place):
+            if match := re.match(r"step-(\d+)/(.+)", name):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return found
+
+
+_UNFINISHED = "Removing {}: its run was stopped before this checkpoint was complete."
 
 
 # - a finished model
@@ -245,33 +341,37 @@ class Checkpointer:
 def save_params(folder: str | Path, params: Any, meta: Mapping) -> None:
     """Saves a finished stage's parameters, as the plain nested tree that any Orbax reader understands.
 
-    `folder` gets `params/` and `model.json`; it appears complete or not at all, and replaces an older one.
+    `folder` gets `params/` and `model.json`; it appears complete or not at all, and replaces an older one. (In a bucket
+    an older one is removed first, and `model.json`, which comes last, is the commit.)
 
     Args:
       params: nested dicts of `jax.Array` (or numpy arrays).
       meta: JSON that `load_meta` returns: the model's config, the kind of head, reward constants, …
     """
     folder = _local_path(folder)
-    saving = folder.with_name(f"saving-{folder.name}")
+    place = remote.bucket_path(folder)
+    saving = folder.with_name(f"saving-{folder.name}") if place is None else place
     first = jax.process_index() == 0
     leaves = {name: _describe(leaf) for name, leaf in _named(params).items()}
     ocp = _orbax()
     with _full_disk_is_a_user_error(folder.parent):
         if first:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if saving.exists():  # of a run that was killed while it saved
-                shutil.rmtree(saving)
+            _remove(saving)  # of a run that was killed while it saved; in a bucket also the older one
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as orbax:
                 orbax.save(saving / "params", args=ocp.args.PyTreeSave(params))
             if first:
                 manifest = {"meta": dict(meta), "leaves": leaves, "files": _checksums(saving)}
                 _write_manifest(saving / "model.json", manifest)
-                _replace(folder, saving)
+                if place is None:
+                    _replace(folder, saving)
         except BaseException:
-            shutil.rmtree(saving, ignore_errors=True)
+            if place is None:
+                shutil.rmtree(saving, ignore_errors=True)
             raise
     _from_first_process(lambda: None)  # the other processes return once the folder is there
+    remote.pull(folder)
 
 
 def _replace(folder: Path, by: Path) -> None:
@@ -297,19 +397,21 @@ def load_params(folder: str | Path, template: Any = None) -> tuple[Any, dict]:
     """
     folder = _local_path(folder)
     if not (folder / "model.json").is_file():
-        raise UserError(f"there is no model in {folder}: {folder / 'model.json'} is missing")
+        raise UserError(f"there is no model in {remote.shown(folder)}: model.json is missing")
+
+    place = remote.bucket_path(folder) or folder
 
     def problem() -> str | None:
         try:
-            _verify(folder, "model.json")
+            _verify(place, "model.json")
         except _Damaged as damage:
             return str(damage)
         return None
 
     damage = _from_first_process(problem)
     if damage is not None:
-        raise UserError(f"the model in {folder} is damaged: {damage}")
-    manifest = _read_manifest(folder / "model.json")
+        raise UserError(f"the model in {place} is damaged: {damage}")
+    manifest = _read_manifest(place / "model.json")
     ocp = _orbax()
     names = list(manifest["leaves"])
     if template is None:
@@ -319,7 +421,7 @@ def load_params(folder: str | Path, template: Any = None) -> tuple[Any, dict]:
         _check_fit(folder, manifest["leaves"], wanted)
         restore_args = _nest({name: _array_restore_args(wanted[name]) for name in names})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as orbax:
-        params = orbax.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        params = orbax.restore(place / "params", args=ocp.args.PyTreeRestore(restore_args=restore_args))
     if template is not None:
         loaded = _named(params)
         params = jax.tree.unflatten(jax.tree.structure(template), [loaded[name] for name in wanted])
@@ -330,7 +432,7 @@ def load_meta(folder: str | Path) -> dict:
     """The `meta` that `save_params` was given; reads no parameters."""
     folder = _local_path(folder)
     if not (folder / "model.json").is_file():
-        raise UserError(f"there is no model in {folder}: {folder / 'model.json'} is missing")
+        raise UserError(f"there is no model in {remote.shown(folder)}: model.json is missing")
     try:
         return _read_manifest(folder / "model.json")["meta"]
     except _Damaged as damage:
@@ -462,8 +564,12 @@ def _crc(path: Path) -> int:
     return value
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """{relative path: [bytes, crc32]} of every file. crc32 releases the GIL, so threads share the work."""
+def _checksums(folder: Any) -> dict[str, list]:
+    """{relative path: [bytes, crc32]} of every file; in a bucket with the checksum that it keeps.
+
+    crc32 releases the GIL, so threads share the work."""
+    if remote.is_url(folder):
+        return remote.sums(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(8) as pool:
         sums = list(pool.map(_crc, files))
@@ -473,7 +579,7 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
     }
 
 
-def _verify(folder: Path, manifest_name: str = "manifest.json") -> None:
+def _verify(folder: Any, manifest_name: str = "manifest.json") -> None:
     expected = _read_manifest(folder / manifest_name)["files"]
     found = _checksums(folder)
     for name, (size, crc) in expected.items():
@@ -485,17 +591,20 @@ def _verify(folder: Path, manifest_name: str = "manifest.json") -> None:
             raise _Damaged(f"the checksum of {name} does not match")
 
 
-def _write_manifest(path: Path, content: dict) -> None:
+def _write_manifest(path: Any, content: dict) -> None:
     content = {"format": 1, **content}
     # The checksum is of the canonical text of the rest, so that people may still read (and jq) the file.
     content["crc32"] = zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    if remote.is_url(path):
+        path.write_text(json.dumps(content, indent=1))
+        return
     with path.open("w") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _read_manifest(path: Path) -> dict:
+def _read_manifest(path: Any) -> dict:
     try:
         content = json.loads(path.read_bytes())
         crc = content.pop("crc32")
@@ -529,9 +638,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _remove(folder: Any) -> None:
+    """Removes a folder with all in it, if it is there; of a model in a bucket what commits it first."""
+    if remote.is_url(folder):
+        remote.remove(folder, first=["model.json"])
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
 def _local_path(folder: str | Path) -> Path:
-    if "://" in str(folder):
-        raise UserError(f"{folder} is a URL: mount the bucket and give the path of the mount")
+    if remote.is_url(folder):
+        raise UserError(f"{folder} is a URL: give the bucket as the folder of runs (--runs-dir {folder})")
     return Path(folder).absolute()
 
 

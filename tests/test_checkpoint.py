@@ -520,7 +520,7 @@ def test_bad_options_are_user_errors(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             Checkpointer(tmp_path, **options)
-    with pytest.raises(UserError, match="mount the bucket"):
+    with pytest.raises(UserError, match=r"give the bucket as the folder of runs \(--runs-dir"):
         Checkpointer("gs://bucket/run")
 
 

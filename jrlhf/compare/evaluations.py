@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jrlhf import remote
 from jrlhf.compare.runs import Run, Stage
 from jrlhf.compare.statistics import Scores
 from jrlhf.config import UserError, read_json
@@ -104,7 +105,7 @@ def read_evaluations(runs: Sequence[Run]) -> list[Evaluation]:
             waiting = ", ".join(f"{name} (seed {seed})" for name, seed in run.unfinished)
             hint = f" Unfinished: {waiting}." if waiting else " Add an evaluate stage to the experiment."
             raise UserError(
-                f"{run.folder} has no finished evaluate stage, so there is nothing to compare.{hint}"
+                f"{remote.shown(run.folder)} has no finished evaluate stage, so there is nothing to compare.{hint}"
             )
         for name in dict.fromkeys(stage.name for stage in evaluated):
             sheets.append(_sheet(run, name, [stage for stage in evaluated if stage.name == name]))

@@ -4,10 +4,12 @@ One run of the command line is struck six times in its own process, by SIGKILL a
 and once by SIGTERM. It is then compared with a run of the same command that nothing interrupted.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +17,14 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import QUIET, folders, jsonl, lasting, one_device, only
+from tiny_runs import QUIET, assert_close_metrics, folders, jsonl, lasting, one_device, only
 
-from jrlhf.checkpoint import load_params
+from jrlhf.checkpoint import Checkpointer, load_params
 from jrlhf.cli import EXIT_PREEMPTED
-from jrlhf.config import STOP, Preempted
+from jrlhf.config import STOP, MeshConfig, Preempted
 from jrlhf.experiment import run, run_folder
 from jrlhf.metrics import MetricLogger
+from jrlhf.models.config import LoRAConfig
 
 HERE = Path(__file__).parent
 KILLED = -9
@@ -187,3 +190,81 @@ def test_a_run_that_is_stopped_after_every_step(one_device_run, tmp_path, monkey
                 STOP.clear()
     assert stopped == [f"reward_model: saved at step {n} of 5" for n in (1, 2, 3, 4)]
     assert_same(folders(folder)["reward_model"], original)
+
+
+@pytest.fixture
+def moved_states(monkeypatch):
+    """[(step, state as it was saved, state as it was restored)], on the host, of every restore."""
+    saved, found = {}, []
+    save, restore = Checkpointer.save, Checkpointer.restore
+
+    def to_host(state):
+        return [np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+                for x in jax.tree.leaves(state)]  # fmt: skip
+
+    def keep(self, step, state, *args):
+        saved[self.folder, step] = to_host(state)
+        save(self, step, state, *args)
+
+    def compare(self, template, step=None):
+        restored = restore(self, template, step)
+        if restored is not None:
+            found.append((restored[0], saved[self.folder, restored[0]], to_host(restored[1])))
+        return restored
+
+    monkeypatch.setattr(Checkpointer, "save", keep)
+    monkeypatch.setattr(Checkpointer, "restore", compare)
+    return found
+
+
+@pytest.mark.parametrize("name", ["ppo", "adapted"])
+def test_a_run_that_moves_to_other_devices_goes_on_with_its_bits_and_its_batches(
+    name, one_device_run, tmp_path, monkeypatch, moved_states
+):
+    """A step on eight devices; one on 4 x 2 with the optimiser (and PPO's reference) on the host; the rest on one."""
+    runs = shutil.copytree(one_device_run.parent, tmp_path / "runs")
+    if name == "ppo":
+        before, stage = (*BEFORE, "reward_model"), tiny.experiment.stages["ppo"]
+        at_once = folders(one_device_run)[name]
+        shutil.rmtree(runs / "stages" / at_once.name)
+    else:
+        before = BEFORE[:2]
+        stage = replace(
+            tiny.experiment.stages["sft"], start="sft", lora=LoRAConfig(rank=2, alpha=8.0), loop=tiny.loop(3)
+        )
+        with one_device():
+            at_once = folders(run(only(*before, adapted=stage), runs, console=QUIET))[name]
+        at_once = at_once.rename(tmp_path / "at_once")
+    on_host = replace(stage.loop, offload_optimizer=True, offload_reference=name == "ppo")
+    starts = (
+        (MeshConfig(data=8), stage.loop),
+        (MeshConfig(data=1, fsdp=4, tensor=2), on_host),
+        (None, stage.loop),
+    )
+    make = MetricLogger.__init__
+
+    def make_and_ask_to_stop(*args, **kwargs):
+        make(*args, **kwargs)
+        STOP.request()
+
+    for mesh, loop in starts:
+        with contextlib.ExitStack() as stack:
+            experiment = only(*before, **{name: replace(stage, loop=loop)})
+            if mesh is None:
+                stack.enter_context(one_device())
+            else:
+                experiment = replace(experiment, mesh=mesh)
+                monkeypatch.setattr(MetricLogger, "__init__", make_and_ask_to_stop)
+                stack.callback(monkeypatch.setattr, MetricLogger, "__init__", make)
+                stack.enter_context(pytest.raises(Preempted))
+            stack.callback(STOP.clear)
+            folder = run(experiment, runs, console=QUIET)
+    found = folders(folder)[name]
+    assert [step for step, _, _ in moved_states] == [1, 2]
+    for _, saved, restored in moved_states:
+        for a, b in zip(saved, restored, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert a.tobytes() == b.tobytes()
+    assert_close_metrics(metrics(found), metrics(at_once), rtol=2e-3, atol=2e-4)
+    ours, theirs = (load_params(f / "model")[0] for f in (found, at_once))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), ours, theirs)
