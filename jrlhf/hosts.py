@@ -5,16 +5,20 @@ ends a process whose peers are gone.
 """
 
 import faulthandler
+import functools
 import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jrlhf.config import STOP, UserError
+from jrlhf.config import STOP, Preempted, UserError
 
 AGAIN = "The same command, on all hosts, goes on from the last checkpoint."
 # What jax and the libraries under it say where another process is no longer there.
@@ -34,14 +38,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
     coordinator: HOST:PORT of process 0, which the others reach. UserError where there is nobody to join.
     """
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < 3:
-        raise UserError(f"{', '.join(given)} go together: {', '.join(missing)} is missing")
-    if processes is not None and process is not None and not 0 <= process < processes:
-        raise UserError(
-            f"--process: {process} is none of the {processes} processes, which are numbered from 0"
-        )
+    check_cluster(coordinator, processes, process)
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as e:
@@ -51,6 +48,18 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             raise UserError(f"--distributed: jax could not join the others ({e})") from e
         print(f"the other hosts did not come in time ({e})", file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from e
+
+
+def check_cluster(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """UserError for arguments of `join` that do not go together."""
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < 3:
+        raise UserError(f"{', '.join(given)} go together: {', '.join(missing)} is missing")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise UserError(
+            f"--process: {process} is none of the {processes} processes, which are numbered from 0"
+        )
 
 
 def is_loss(error: Exception) -> bool:
@@ -63,14 +72,116 @@ def exchanged(data: bytes) -> list[bytes]:
     """What every process says, in the order of their numbers, on all of them; all must call it."""
     from jax.experimental import multihost_utils
 
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
+    with WAITS:
+        lengths = multihost_utils.process_allgather(np.int32(len(data)))
+        padded = np.zeros(int(lengths.max()), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = multihost_utils.process_allgather(padded)
     return [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
 
 
+def told_by_all(who: str, say: Callable[[], bytes]) -> list[bytes]:
+    """What `say` returns on each process, on all of them: `exchanged`, but a trouble of one is an error on all."""
+    said, trouble = b"", None
+    try:
+        said = say()
+    except Exception as error:  # the others wait for this one
+        trouble = error
+    told = exchanged(b"!" + str(trouble).encode() if trouble is not None else b"." + said)
+    if trouble is not None:
+        raise trouble
+    for process, what in enumerate(told):
+        if what[:1] == b"!":
+            raise UserError(f"{who} failed on process {process}: {what[1:].decode()}")
+    return [what[1:] for what in told]
+
+
+def own_share(count: int, processes: int, process: int) -> tuple[int, int]:
+    """Which [first, last) of `count` things in a row are a process's own: about as many as anybody's."""
+    return round(count * process / processes), round(count * (process + 1) / processes)
+
+
+def agreed(decision: bool) -> bool:
+    """What the first process decided, on every process; they wait for each other. (Of several, sums may differ in the
+    last bit, and a file may be there for one before it is for another.)"""
+    if jax.process_count() == 1:
+        return decision
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
+
+
+# --- how long each takes ----------------------------------------------------------------------------------------
+
+
+class Waits:
+    """Seconds that this process has waited, within `with`, for its devices or for other processes."""
+
+    def __init__(self) -> None:
+        self.seconds = self._since = 0.0
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+WAITS = Waits()
+LOOK = 20  # steps between two looks at how long each host takes
+
+
+class HostTimes:
+    """How long a step takes each of several hosts by itself. All of them wait for the slowest, so that the time of a
+    whole step tells nothing; what a host did not wait tells which it is.
+
+    What each says goes to all as an array that is fetched a step later: nothing waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._sum, self._steps, self._peak = np.zeros(2, np.float32), 0, 0.0
+        self._coming: jax.Array | None = None
+
+    def step(self, own: float, data: float, peak: float) -> np.ndarray | None:
+        """Takes in a step: seconds that it took this process by itself, those that it waited for its batch, and the
+        most memory in use on its fullest device. [hosts, 3] of the same, means of the last LOOK steps (memory: the
+        most), in a step in which they have come. All processes must call it equally often."""
+        coming, self._coming = self._coming, None
+        told = None if coming is None else np.asarray(coming)
+        self._sum += (own, data)
+        self._steps, self._peak = self._steps + 1, max(self._peak, peak)
+        if self._steps == LOOK:
+            self._coming = by_host(np.asarray([*self._sum / LOOK, self._peak], np.float32))
+            self._sum, self._steps = np.zeros(2, np.float32), 0
+        return told
+
+
+def by_host(row: np.ndarray) -> jax.Array:
+    """[hosts, n] of every process's [n], on each of them when it has come; all must call it."""
+    split, gather = _host_mesh()
+    return gather(jax.make_array_from_process_local_data(split, row[None]))
+
+
+@functools.cache
+def _host_mesh() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """A row on the first device of each process, and a program, compiled once, that gives all of them to each."""
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.asarray([first[i] for i in sorted(first)]), ("host",))
+    return NamedSharding(mesh, P("host")), jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------
+
+
 _calls = itertools.count(1)
+
+
+def heed_stop(done: str) -> None:
+    """Within work that can be ended between two parts of it: Preempted where it is to stop now; `done` says how far it
+    has come. All processes must call it equally often."""
+    WATCH.moved(done)
+    if stop_requested():
+        raise Preempted(done)
 
 
 def stop_requested() -> bool:

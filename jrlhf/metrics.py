@@ -147,7 +147,19 @@ NAMES: dict[str, Name] = {
     "eval/*": Name("", "any other figure of an evaluation, named by the evaluation"),
     "perf/tokens_per_s_rollout": Name("tokens/s", "response tokens sampled per second, all devices"),
     "perf/tokens_per_s_train": Name("tokens/s", "tokens trained on per second, all devices"),
-    "perf/hbm_peak": Name("bytes", "most device memory in use so far, of the fullest local device"),
+    "perf/model_flops": Name(
+        "FLOP",
+        "what the models need for this step's real tokens, prompts too: 6 N a token learned from, 2 N one scored",
+    ),
+    "perf/hardware_flops": Name("FLOP", "what its passes do: padding, and what remat computes again, too"),
+    "perf/mfu": Name(
+        "fraction", "model FLOPs a second of the whole step, of what the devices can do at most"
+    ),
+    "perf/hfu": Name("fraction", "the same of hardware FLOPs"),
+    "perf/slowest_host": Name("", "of several hosts: the process that a step takes longest by itself"),
+    "perf/hbm_peak": Name(
+        "bytes", "most device memory in use so far, of the fullest device (of other hosts as last told)"
+    ),
     "perf/compile_count": Name("", "compilations since the run began; constant after warm-up"),
     "perf/compile_s": Name("s", "spent compiling, or reading what was compiled before, since the run began"),
     "perf/goodput": Name(
@@ -155,8 +167,15 @@ NAMES: dict[str, Name] = {
         "of the time since the stage began (or went on) that steps took: not compiling, restoring, saving, evaluating",
     ),
     "perf/pad_frac": Name("fraction", "positions of the batch that are padding"),
+    "time/step_max_host": Name(
+        "s",
+        "of several hosts: a step without the waiting for devices and others, of the slowest, mean of 20 steps",
+    ),
+    "time/skew": Name("s", "the same, less the median of the others"),
+    "time/data_max_host": Name("s", "waiting for a batch, of the host that waits longest, mean of 20 steps"),
     "time/<phase>": Name(
-        "s", "wall-clock seconds of a step, or of one phase of it (rollout; data: waiting for a batch)"
+        "s",
+        "wall-clock seconds of a step, or of a phase: rollout, reward, make_batch, update; data: waiting for a batch",
     ),
 }
 

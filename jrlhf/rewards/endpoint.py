@@ -404,10 +404,20 @@ class EndpointJudge:
         keys = [hashlib.sha256(json.dumps([self.endpoint.url, *a]).encode()).hexdigest() for a in asked]
         with closing(Answers(self.answers)) as answers:
             found = answers.find(list(dict.fromkeys(keys)))
+            for file in self._others():
+                with closing(Answers(file)) as others:
+                    found |= others.find([key for key in dict.fromkeys(keys) if key not in found])
             missing = {key: body for key, (body, _) in zip(keys, asked, strict=True) if key not in found}
             if missing:
                 _run(self._fetch(missing, answers, found))
         return [found.get(key) for key in keys]
+
+    def _others(self) -> list[Path]:
+        """The files beside its own: of other processes, which may have asked when there were more or fewer of them."""
+        stem, suffix = re.sub(r"-\d+$", "", self.answers.stem), self.answers.suffix
+        named = re.compile(re.escape(stem) + r"(-\d+)?" + re.escape(suffix))
+        beside = (file for file in self.answers.parent.iterdir() if named.fullmatch(file.name))
+        return sorted(file for file in beside if file != self.answers)
 
     async def _fetch(self, missing: Mapping[str, str], answers: Answers, found: dict[str, Reply]) -> None:
         """Ask what is `missing`, and put it into `found`."""

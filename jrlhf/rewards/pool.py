@@ -318,6 +318,8 @@ def verifier_of(noted: dict[str, Any]) -> Verified:
 
 def work() -> None:
     """The life of a worker: an order, then chunks of answers until the pipe is closed."""
+    # A cluster that asks a job to stop may tell all of its processes. The one that trains saves, and scores until then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # whatever a check prints is not an answer
 

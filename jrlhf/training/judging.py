@@ -3,6 +3,7 @@
 Both encode the text anew, with their own tokenizer, so that the policy may have another.
 """
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jrlhf import hosts
 from jrlhf.config import UserError, from_dict
 from jrlhf.data.batching import encode_prompt, encode_steps, pad_batch, stack_steps
 from jrlhf.data.tokenizer import Tokenizer
@@ -129,38 +131,49 @@ class LocalJudge:
 
 
 @dataclass(frozen=True)
-class FirstHostJudge:
-    """A judge that only the first process asks; the others are told. Nothing is paid for twice."""
+class DividedJudge:
+    """A judge of whom each of several processes asks its share of the questions; they tell one another. A question is
+    asked once, however often it comes."""
 
     judge: Judge
 
     def verdicts(self, questions: Sequence[str], options: Sequence[str]) -> np.ndarray:
         if jax.process_count() == 1:
             return self.judge.verdicts(questions, options)
-        from jax.experimental import multihost_utils
+        different = list(dict.fromkeys(questions))
+        first, last = hosts.own_share(len(different), jax.process_count(), jax.process_index())
 
-        said, trouble = np.zeros((len(questions), len(options))), None
-        if leads():
-            try:
-                said = self.judge.verdicts(questions, options)
-            except Exception as error:  # the others wait for it
-                trouble = error
-        tell = multihost_utils.broadcast_one_to_all
-        if tell(np.asarray(trouble is not None)):
-            raise trouble or UserError("the judge failed, as the first process says")
-        return np.asarray(tell(said.astype(np.float32)), np.float64)
+        def say() -> bytes:
+            some = different[first:last]
+            said = checked(self.judge.verdicts(some, options), len(some), options, "judge") if some else ()
+            return np.asarray(said, np.float64).tobytes()
+
+        told = np.frombuffer(b"".join(hosts.told_by_all("the judge", say))).reshape(-1, len(options))
+        of = {question: n for n, question in enumerate(different)}
+        return told[[of[question] for question in questions]]
 
 
-def make_judge(by: Respondent, answers: Path) -> FirstHostJudge:
-    """Whoever is asked. answers: the file where an endpoint's replies and costs are kept."""
-    return FirstHostJudge(EndpointJudge(by, answers) if isinstance(by, Endpoint) else by)
+def make_judge(by: Respondent, answers: Path) -> DividedJudge:
+    """Whoever is asked. answers: the file where an endpoint's replies and costs are kept; of several processes each
+    has one of its own beside it."""
+    if not isinstance(by, Endpoint):
+        return DividedJudge(by)
+    if not leads():
+        answers = answers.with_name(f"{answers.stem}-{jax.process_index()}{answers.suffix}")
+    return DividedJudge(EndpointJudge(by, answers))
 
 
 def judge_costs(judge: Judge) -> dict[str, float]:
-    """What asking took (`EndpointJudge.counts`); nothing for a judge that asks no server, or on other processes."""
-    if isinstance(judge, FirstHostJudge):
+    """What asking took (`EndpointJudge.counts`), all processes together, which must all call it; nothing for a judge
+    that asks no server."""
+    if isinstance(judge, DividedJudge):
         judge = judge.judge
-    return judge.counts() if isinstance(judge, EndpointJudge) and leads() else {}
+    if not isinstance(judge, EndpointJudge):
+        return {}
+    if jax.process_count() == 1:
+        return judge.counts()
+    counts = [json.loads(said) for said in hosts.exchanged(json.dumps(judge.counts()).encode())]
+    return {name: sum(of[name] for of in counts) for name in counts[0]}
 
 
 @dataclass(frozen=True)

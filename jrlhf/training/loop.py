@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jrlhf import hosts
+from jrlhf import hosts, remote
 from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import Preempted, StageContext, UserError, did_you_mean, no_fingerprint
 from jrlhf.metrics import MetricLogger, progress
@@ -44,6 +44,9 @@ class LoopConfig:
     keep_last: int = no_fingerprint(2)
     keep_best: str = no_fingerprint("")  # a metric: the checkpoint at which it was best is kept as well
     best_mode: Literal["max", "min"] = no_fingerprint("max")
+    # Every so many steps one whose phases are timed apart: the host waits for the devices after each, so that this
+    # step is slower than others. 0: none
+    breakdown_every: int = no_fingerprint(0)
 
     def __post_init__(self):
         if (self.steps > 0) == (self.epochs > 0) or self.steps < 0 or self.epochs < 0:
@@ -52,7 +55,7 @@ class LoopConfig:
             )
         if self.batch_size <= 0:
             raise UserError(f"loop.batch_size must be positive, got {self.batch_size}")
-        for name in ("eval_every", "checkpoint_every"):
+        for name in ("eval_every", "checkpoint_every", "breakdown_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"loop.{name} must be zero or more, got {getattr(self, name)}")
         if self.keep_best.startswith("eval/") and not self.eval_every:
@@ -182,6 +185,7 @@ def train(
     position: Callable[[int], dict] = lambda step: {"step": step},
     resume_position: Callable[[dict], None] | None = None,
     monitor: Monitor | None = None,
+    peak: float = 0.0,
 ) -> TrainState:
     """Run `do_step(state, step, finish) -> (state, metrics, batch)` from the last checkpoint to `steps`.
 
@@ -190,6 +194,7 @@ def train(
     fetches and logs the step before) when its first work is dispatched and before it waits: what it measures from
     there on is time of its own step.
     A `monitor` that says so ends training early; what is returned, and evaluated last, may then be an earlier policy.
+    peak: FLOP/s of all devices, of which `perf/mfu` is a share; 0: not known.
     Raises UserError on a loss that is not finite (after saving the batch), Preempted after a requested stop.
     """
     clock = Clock()
@@ -215,6 +220,7 @@ def train(
     logger = MetricLogger(ctx.folder, resume_step=start if restored is not None else None)
     pending: tuple | None = None
     last: dict = {}
+    times = HostReport(ctx.console) if jax.process_count() > 1 else None
     clock.restart()
 
     def flush() -> None:
@@ -223,14 +229,18 @@ def train(
             return
         step, metrics, batch = pending
         pending = None
-        values = jax.device_get(metrics)
+        with hosts.WAITS:
+            values = jax.device_get(metrics)
         last = {k: float(v) for k, v in values.items()}
         if monitor is not None:
             last |= monitor.observe(step, last)
         bad = [k for k, v in last.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]
-        logger.log(step, last | performance(last, *clock.lap()))
+        measured = performance(last, *clock.lap(), peak)
+        if times is not None:
+            measured |= times.step(last | measured, clock.own)
+        logger.log(step, last | measured)
         if bad and config.on_nonfinite == "stop":
-            path = save_batch(ctx.folder / f"nonfinite_step_{step}.npz", batch)
+            path = remote.shown(save_batch(ctx.folder / f"nonfinite_step_{step}.npz", batch))
             raise UserError(
                 f"step {step}: {bad[0]} is {last[bad[0]]}. Its batch is in {path}; the last checkpoint is of step "
                 f"{max(checkpointer.steps(), default=0)}. Lower the learning rate, or set loop.on_nonfinite to 'skip'."
@@ -297,23 +307,97 @@ class Clock:
 
     def __init__(self) -> None:
         self._began, self._useful = time.perf_counter(), 0.0
+        self.own = 0.0  # of the last step: what was neither compiling nor waiting for devices and other hosts
         self.restart()
 
     def restart(self) -> None:
         """What went before is no part of the next step."""
         self._at, self._compiled = time.perf_counter(), COMPILATIONS.seconds
+        self._waits = hosts.WAITS.seconds
 
     def lap(self) -> tuple[float, float]:
         """(seconds of the step that ends here, share of all time so far)"""
         now = time.perf_counter()
         seconds = now - self._at
-        self._useful += max(seconds - (COMPILATIONS.seconds - self._compiled), 0.0)
+        useful = max(seconds - (COMPILATIONS.seconds - self._compiled), 0.0)
+        self._useful += useful
+        self.own = max(useful - (hosts.WAITS.seconds - self._waits), 0.0)
         self.restart()
         return seconds, self._useful / (now - self._began)
 
 
-def performance(metrics: dict, seconds: float, goodput: float) -> dict:
-    """Of one step: its time, tokens per second, compilations so far, and device memory where the backend tells."""
+class Phases:
+    """Times the phases of every so many steps (`LoopConfig.breakdown_every`), in which the host waits for the devices
+    after each phase. In other steps nothing waits, and only what the host has waited for anyhow is timed.
+
+    metrics: `time/<phase>`, each time that there was one added up.
+    """
+
+    def __init__(self, config: LoopConfig, step: int, state: TrainState, finish: Callable[[], None]):
+        self.metrics: dict[str, float] = {}
+        self._on = config.breakdown_every > 0 and (step + 1) % config.breakdown_every == 0
+        self._at = 0.0
+        if self._on:
+            finish()
+            jax.block_until_ready(state)
+            self.begin()
+
+    def begin(self) -> None:
+        """What went before is no part of the first phase; later calls change nothing."""
+        self._at = self._at or time.perf_counter()
+
+    def end(self, phase: str, made: Any, known: bool = False) -> None:
+        """The phase that ends when what it `made` is there, which is `known` where the host has it already."""
+        if self._on:
+            jax.block_until_ready(made)
+        if self._on or known:
+            now = time.perf_counter()
+            self.metrics[f"time/{phase}"] = self.metrics.get(f"time/{phase}", 0.0) + now - self._at
+            self._at = now
+
+
+class HostReport:
+    """What is logged of several hosts' own times, and told where one of them holds up the others."""
+
+    def __init__(self, console: Any) -> None:
+        self._console, self._times = console, hosts.HostTimes()
+        self._peak = 0.0  # of all hosts, as far as they have told
+        self._told: int | None = None
+
+    def step(self, metrics: dict, own: float) -> dict[str, float]:
+        """metrics: of this process's step, of which so long was its own work."""
+        rows = self._times.step(own, metrics.get("time/data", 0.0), metrics.get("perf/hbm_peak", 0.0))
+        found: dict[str, float] = {}
+        if rows is not None:
+            found = slowest(rows)
+            self._peak = max(self._peak, float(rows[:, 2].max()))
+            host = int(found["perf/slowest_host"])
+            if found["time/skew"] > 0.2 * metrics["time/step"] and host != self._told:
+                self._console.print(
+                    f"  process {host} of {len(rows)} takes {found['time/skew']:.2f} s of each step longer than the "
+                    f"others do by themselves: they wait for it"
+                )
+                self._told = host
+        if self._peak:
+            found["perf/hbm_peak"] = max(self._peak, metrics.get("perf/hbm_peak", 0.0))
+        return found
+
+
+def slowest(rows: np.ndarray) -> dict[str, float]:
+    """Of `HostTimes` rows [hosts, 3]: what the slowest host takes, and how much longer than the others' median."""
+    own, data = rows[:, 0], rows[:, 1]
+    others = np.delete(own, own.argmax())
+    return {
+        "time/step_max_host": float(own.max()),
+        "time/skew": float(own.max() - np.median(others)),
+        "time/data_max_host": float(data.max()),
+        "perf/slowest_host": float(own.argmax()),
+    }
+
+
+def performance(metrics: dict, seconds: float, goodput: float, peak: float = 0.0) -> dict:
+    """Of one step: its time, tokens per second, compilations so far, device memory where the backend tells, and what
+    share of the devices' `peak` FLOP/s it used where that is known."""
     found = {
         "time/step": seconds,
         "perf/goodput": goodput,
@@ -322,6 +406,9 @@ def performance(metrics: dict, seconds: float, goodput: float) -> dict:
     }
     if "train/tokens" in metrics:
         found["perf/tokens_per_s_train"] = metrics["train/tokens"] / seconds
+    for name, of in (("perf/mfu", "perf/model_flops"), ("perf/hfu", "perf/hardware_flops")):
+        if peak and of in metrics:
+            found[name] = metrics[of] / seconds / peak
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
     if max(peaks):
         found["perf/hbm_peak"] = max(peaks)

@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from jrlhf.checkpoint import Checkpointer
 from jrlhf.config import UserError
+from jrlhf.hosts import agreed
 from jrlhf.types import Metrics, Params
 
 KL, LENGTH, PROXY = "kl/ref_k1", "rollout/len_mean", "reward/score/mean"
@@ -276,15 +275,6 @@ class Monitor:
         self._on, self._against = set(state["on"]), dict(state["against"])
         self.raised = [Alarm(*alarm) for alarm in state["raised"]]
         self._best = tuple(state["best"]) if state["best"] else None
-
-
-def agreed(decision: bool) -> bool:
-    """What the first process decided, on every process: sums may differ in the last bit from host to host."""
-    if jax.process_count() == 1:
-        return decision
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
 
 
 class Snapshots:

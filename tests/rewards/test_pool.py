@@ -39,6 +39,8 @@ class Hostile(Check):
             sys.exit(0)
         elif what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         elif what == "crash":
             ctypes.string_at(0)
         elif what == "raise":
@@ -91,6 +93,13 @@ def test_an_answer_that_never_ends_is_given_up_alone(hostile, slow):
     np.testing.assert_array_equal(found.timed_out, late)
     np.testing.assert_array_equal(found.failed, np.zeros(10, bool))
     np.testing.assert_array_equal(found.values, np.where(late, np.nan, np.arange(10)).astype(np.float32))
+
+
+def test_a_worker_outlives_a_signal_to_stop(hostile):
+    """A cluster may send it to every process of a job; the run saves, and its scores are those of any other."""
+    found = run(hostile, ["fine 1", "term 2", "fine 3"])
+    np.testing.assert_array_equal(found.values, [1, 2, 3])
+    assert not found.failed.any()
 
 
 def test_what_a_check_prints_is_no_score(hostile):

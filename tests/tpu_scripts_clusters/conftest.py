@@ -21,34 +21,49 @@ prints=${name^^}_PRINTS exits=${name^^}_EXITS
 exit "${!exits:-0}"
 """
 
-# Like the real one it passes a task's exit code on, and does not pass a SIGTERM on: it kills its tasks.
+# Like the real one it runs a task on each node, ends with the highest of their exit codes, and does not pass a SIGTERM
+# on: it kills its tasks.
 SRUN = r"""#!/usr/bin/env bash
 printf '%q ' srun "$@" >>"$CALLS"
 echo >>"$CALLS"
 while [[ $1 == --* ]]; do shift; done
-"$@" &
-echo $! >"$CALLS.task"
-trap 'kill -KILL "$(<"$CALLS.task")"' TERM
+set -m # each task is a group of its own
+tasks=()
+for ((i = 0; i < SLURM_JOB_NUM_NODES; i++)); do
+    SLURM_PROCID=$i "$@" &
+    tasks+=($!)
+done
+echo "${tasks[@]}" >"$CALLS.tasks"
+trap 'kill -KILL "${tasks[@]/#/-}"' TERM
 code=0
-wait "$(<"$CALLS.task")" || code=$?
+for task in "${tasks[@]}"; do
+    own=0
+    wait "$task" || own=$?
+    ((own <= code)) || code=$own
+done
 exit "$code"
 """
 
+# Like the real one it signals all processes of a task, a shell around the program too.
 SCANCEL = r"""#!/usr/bin/env bash
 printf '%q ' scancel "$@" >>"$CALLS"
 echo >>"$CALLS"
-kill -TERM "$(<"$CALLS.task")"
+for task in $(<"$CALLS.tasks"); do kill -TERM -- "-$task"; done
 """
 
-# The program: notes its variables, then ends as told. `wait`: until a SIGTERM, and then it saves.
+# The program: notes its variables, then ends as told, with several codes each process with its own. `wait`: until a
+# SIGTERM, and then it saves. `lost`: with all that is around it, as on a node that fails.
 JRLHF = r"""#!/usr/bin/env bash
 echo "$JAX_LOCAL_DEVICE_IDS" >"$CALLS.devices"
-if [[ ${JRLHF_EXITS:-0} == wait ]]; then
-    trap 'echo saved >"$CALLS.saved"; exit 75' TERM
-    echo >"$CALLS.ready"
+codes=(${JRLHF_EXITS:-0})
+code=${codes[SLURM_PROCID]:-${codes[0]}}
+if [[ $code == wait ]]; then
+    trap 'echo saved >>"$CALLS.saved"; exit 75' TERM
+    echo "$SLURM_PROCID" >>"$CALLS.ready"
     while :; do sleep 0.02; done
 fi
-exit "${JRLHF_EXITS:-0}"
+[[ $code != lost ]] || kill -KILL -- "-$(ps -o pgid= $$ | tr -d ' ')"
+exit "$code"
 """
 
 

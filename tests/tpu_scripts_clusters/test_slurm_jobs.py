@@ -33,10 +33,16 @@ def until(condition: Callable[[], object]) -> None:
     raise AssertionError("it never came")
 
 
+def all_ready(cluster) -> bool:
+    """Whether the program runs on both nodes."""
+    noted = cluster.left("ready")
+    return noted.exists() and len(noted.read_text().split()) == 2
+
+
 def stopped(cluster, number: signal.Signals) -> tuple[int, str]:
     """(exit code, output) of a batch script that got a signal while its program ran."""
     process = cluster.start(BATCH, "--runs-dir", "runs", "a.py", **JOB, JRLHF_EXITS="wait")
-    until(cluster.left("ready").exists)
+    until(lambda: all_ready(cluster))
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     return process.returncode, out + err
@@ -84,6 +90,25 @@ def test_what_was_stopped_is_requeued(cluster):
     assert cluster.calls("scontrol") == [["scontrol", "requeue", "17"]]
 
 
+@pytest.mark.parametrize(
+    ("codes", "code", "requeued"),
+    [
+        ("75 1", 1, False),  # one failed; the other lost it
+        ("1 134", 1, False),  # the first failed; jax ended the other
+        ("2 75", 2, False),
+        ("134 75", 134, False),  # it aborted by itself
+        ("75 134", 75, True),
+        ("lost 134", 75, True),  # the first is gone
+        ("75 0", 75, True),
+        ("137 134", 137, False),
+    ],
+)
+def test_an_error_of_one_process_is_not_requeued_for_the_others(cluster, codes, code, requeued):
+    done = cluster.run(BATCH, "--runs-dir", "runs", "a.py", **JOB, JRLHF_EXITS=codes)
+    assert done.returncode == code, done.stdout
+    assert bool(cluster.calls("scontrol")) == requeued
+
+
 def test_only_the_own_task_of_an_array_is_requeued(cluster):
     cluster.run(BATCH, "--runs-dir", "runs", "--seeds", "0,1", "a.py", "b.py", **ARRAY, JRLHF_EXITS="75")
     assert cluster.calls("scontrol") == [["scontrol", "requeue", "14_3"]]
@@ -126,7 +151,8 @@ def test_a_requeue_that_fails_is_said(cluster, command):
 def test_sigterm_lets_the_run_save_and_requeues_it(cluster):
     code, output = stopped(cluster, signal.SIGTERM)
     assert code == 75, output
-    assert cluster.left("saved").exists()  # and was not killed by srun, to which a SIGTERM is that
+    # On both, and was not killed by srun, to which a SIGTERM is that.
+    assert cluster.left("saved").read_text().split() == ["saved", "saved"]
     assert cluster.calls("scancel") == [["scancel", "--signal=TERM", "17"]]
     assert cluster.calls("scontrol") == [["scontrol", "requeue", "17"]]
 
@@ -143,7 +169,7 @@ def test_a_second_sigterm_is_not_passed_on(cluster):
     slow = cluster.folder / "bin" / "jrlhf"
     slow.write_text(slow.read_text().replace("echo saved", "sleep 0.5; echo saved"))
     process = cluster.start(BATCH, "--runs-dir", "runs", "a.py", **JOB, JRLHF_EXITS="wait")
-    until(cluster.left("ready").exists)
+    until(lambda: all_ready(cluster))
     process.send_signal(signal.SIGTERM)
     until(lambda: cluster.calls("scancel"))
     process.send_signal(signal.SIGTERM)
@@ -160,7 +186,7 @@ def test_each_task_of_an_array_runs_its_experiment_and_seed(cluster):
             BATCH, "--runs-dir", "runs", "--seeds", "3,5", "a.py", "b.py", "--", "--x", "1", **env
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    ran = [call[call.index("jrlhf") :] for call in cluster.calls("srun")]
+    ran = [call[-call[::-1].index("jrlhf") - 1 :] for call in cluster.calls("srun")]
     assert [(c[2], c[c.index("--seeds") + 1]) for c in ran] == [
         *[("a.py", "3"), ("a.py", "5")],
         *[("b.py", "3"), ("b.py", "5")],
@@ -228,7 +254,7 @@ def test_a_job_is_submitted_as_asked(cluster):
     script = next(i for i, a in enumerate(call) if a.endswith(".sbatch"))
     assert cluster.run(BATCH, *call[script + 1 :], **JOB).returncode == 0
     ran = cluster.calls("srun")[0]
-    assert ran[ran.index("jrlhf") :] == [
+    assert ran[-8:] == [
         "jrlhf",
         "run",
         "a.py",
