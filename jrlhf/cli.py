@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from jrlhf import remote
 from jrlhf.config import (
     STOP,
     Preempted,
@@ -40,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     try:
         options = _parse([a for a in argv if a != "--debug"])
-        return options.command(options)
+        if options.command is _mesh or getattr(options, "help", None):  # they look at no runs
+            return options.command(options)
+        writes = options.command is _run and not options.dry_run
+        with remote.working_folder(options.runs_dir, writes) as options.runs_dir:
+            return options.command(options)
     except UserError as e:
         if debug:
             raise
@@ -88,7 +93,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     def command(name: str, function: Any, text: str) -> _Parser:
         p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         p.set_defaults(command=function)
-        p.add_argument("--runs-dir", type=Path, help="folder of runs (default: $JRLHF_RUNS, or runs)")
+        p.add_argument(
+            "--runs-dir", type=remote.runs_dir,
+            help="folder of runs, or gs://BUCKET/FOLDER (default: $JRLHF_RUNS, or runs)",
+        )  # fmt: skip
         p.add_argument("--debug", action="store_true", help="show the traceback of an error")
         made[name] = p
         return p
@@ -122,7 +130,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         help="of several processes: end them when nothing has moved for so long (default: 1800; 0: wait for ever)",
     )  # fmt: skip
     p.add_argument(
-        "--profile", metavar="FIRST:LAST",
+        "--profile", metavar="[steps=]FIRST:LAST",
         help="trace these steps of every training loop into its folder profile/; SIGUSR1 traces the next five",
     )  # fmt: skip
     p.add_argument(
@@ -137,6 +145,45 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     p.add_argument(
         "--chips", type=int, metavar="N", help="devices of a mesh with an axis of -1 (default: those here)"
     )
+    p.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="FILE.py", help="as of `run`"
+    )
+
+    p = command("plan", _plan, "compile an experiment for TPUs that are not here: what fits, and how fast")
+    p.usage = "jrlhf plan FILE [STAGE[:PROGRAM] ...] --topology v5p:4x4x4 [options] [--FIELD VALUE ...]"
+    p.epilog = (
+        "Needs the TPU compiler (pip install 'jrlhf[plan]') and no TPU. For example: "
+        "jrlhf plan FILE --topology v5e:4x4 --mesh.fsdp 16 --mesh.data 1 --search 8"
+    )
+    p.add_argument("file", metavar="FILE", help="experiment file (.py), run folder or its config.json")
+    p.add_argument(
+        "stages", nargs="*", metavar="STAGE[:PROGRAM]", help="what to plan for (default: all that trains)"
+    )
+    p.add_argument("--topology", required=True, metavar="CHIP:AxBxC", help="v5e:4x4, v5p:4x4x8, v6e:8x8, ...")
+    p.add_argument(
+        "--card", action="append", default=[], metavar="NAME=FOLDER",
+        help="a folder with the config.json of a checkpoint of the hub, which is then not asked for",
+    )  # fmt: skip
+    p.add_argument(
+        "--prompt", type=int, default=0, metavar="N", help="tokens of a prompt (default: the longest)"
+    )
+    p.add_argument(
+        "--answer", type=int, default=0, metavar="N", help="tokens of an answer (default: the longest)"
+    )
+    p.add_argument(
+        "--answers", type=int, default=2, metavar="K", help="ranked answers to a prompt (default: 2)"
+    )
+    p.add_argument(
+        "--search", type=int, default=0, metavar="N",
+        help="try up to N variants of each stage's update (mesh, remat, microbatches, offload) and name the best",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="write plan.json and memory.png there")
+    p.add_argument(
+        "--quick", action="store_true",
+        help="stop the compiler before it makes machine code: a third of the time, and kernels are not tried",
+    )  # fmt: skip
+    p.add_argument("--jobs", type=int, default=0, metavar="N", help="compilations at a time (default: cores)")
+    p.add_argument("--compile", nargs=2, metavar=("STAGE", "PROGRAM"), help=argparse.SUPPRESS)  # by itself
     p.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="FILE.py", help="as of `run`"
     )
@@ -208,7 +255,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise SystemExit(EXIT_USER_ERROR)
     if name is not None and name not in commands:
         raise UserError(f"{name}: no such command.{did_you_mean(name, commands)}")
-    if name in ("run", "mesh"):  # they take the experiment's fields, too
+    if name in ("run", "mesh", "plan"):  # they take the experiment's fields, too
         return _parse_run(commands[name], argv[argv.index(name) + 1 :])
     options = parser.parse_args(argv)
     options.runs_dir = options.runs_dir or _default_runs_dir()
@@ -233,6 +280,7 @@ def _parse_run(parser: _Parser, argv: list[str]) -> argparse.Namespace:
         parser.parse_args(["--help"])
     options = parser.parse_args([a for a in mine if a not in wants_help])
     options.overrides, options.own, options.help = overrides, own, parser if wants_help else None
+    options.argv = [parser.prog.split()[-1], *argv]
     options.runs_dir = options.runs_dir or _default_runs_dir()
     return options
 
@@ -251,7 +299,7 @@ def _file_first(groups: list[tuple[str, list[str]]]) -> list[tuple[str, list[str
     return groups
 
 
-def _default_runs_dir() -> Path:
+def _default_runs_dir() -> Path | str:
     from jrlhf.experiment import default_runs_dir
 
     return default_runs_dir()
@@ -273,8 +321,9 @@ def _run(options: argparse.Namespace) -> int:
     if not options.help:
         cache = None if options.dry_run else options.runs_dir  # a dry run creates nothing
         _set_up_jax(options.devices, cache)
-        _join_others(options)
+        together = _join_others(options)
         _check_devices(options.devices)
+        _plan_profile(options.profile)
     experiment = _loaded(options)
     if options.help:
         options.help.print_help()
@@ -284,9 +333,11 @@ def _run(options: argparse.Namespace) -> int:
     experiment = apply_overrides(experiment, options.overrides, options.own)
     force = () if options.force is None else tuple(options.force) or ex.ALL
     if options.dry_run:
-        _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force))
+        _wide_console().print(ex.dry_run(experiment, options.runs_dir, force=force, whole_mesh=not together))
+        if together:
+            print("the other hosts were not asked: whether the mesh suits all their devices is not checked")
         return 0
-    with _stop_on_sigterm(), _trace_on_sigusr1(options.profile), _together():
+    with _stop_on_sigterm(), _trace_on_sigusr1(), _together():
         folder = ex.run(experiment, options.runs_dir, force=force)
     _report(folder)
     return 0
@@ -325,15 +376,76 @@ def _mesh(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    if options.help:
+        options.help.print_help()
+        return 0
+    from jrlhf.compare import plans as shown
+    from jrlhf.sharding import make_mesh
+    from jrlhf.training.planning import Compiler, compile_here, plan_experiment, topology_devices, with_cards
+    from jrlhf.training.programs import Lengths, programs_of
+
+    _set_up_jax(None, None)
+    experiment = apply_overrides(_loaded(options), options.overrides, options.own)
+    stages = with_cards(experiment.stages, dict(_pair("--card", card) for card in options.card))
+    devices = topology_devices(options.topology, max(experiment.mesh.slices, 1))
+    lengths = Lengths(options.prompt, options.answer, options.answers)
+    if options.compile:
+        stage, program = options.compile
+        mesh = make_mesh(experiment.mesh, devices)
+        found = programs_of(stage, stages, mesh, lengths)
+        assert found is not None  # whoever gives these options has looked
+        compile_here(next(p for p in found.programs if p.name == program), mesh, options.out)
+        return 0
+
+    def command(stage: str, program: str, more: Sequence[str], folder: Path) -> list[str]:
+        this = [sys.executable, "-m", "jrlhf.cli", *options.argv, *more]
+        return [*this, "--compile", stage, program, "--out", str(folder)]
+
+    console = _wide_console()
+    told = lambda what: console.print(f"  {what}", highlight=False)  # noqa: E731
+    compiler = Compiler(command, options.quick, options.jobs or os.cpu_count() or 1)
+    planned = plan_experiment(
+        stages, experiment.mesh, options.stages, devices, lengths, compiler, options.search, told
+    )
+    where = f"{options.topology}, {planned.sizes}"
+    console.print(f"{experiment.name} on {where}", highlight=False)
+    console.print(shown.plan_table(planned.programs))
+    for program in planned.programs:
+        if program.program == "update" and program.compiles:
+            console.print(f"{program.stage}: what the update sends", highlight=False)
+            console.print(shown.collectives_table(program))
+    console.print(shown.steps_table(planned.programs))
+    for stage, tried in planned.searches.items():
+        console.print(f"{stage}: variants of its update, the best first", highlight=False)
+        console.print(shown.search_table(tried))
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        about = {"experiment": experiment.name, "topology": options.topology, "mesh": planned.sizes}
+        (options.out / "plan.json").write_text(shown.plan_json(planned, **about), encoding="utf-8")
+        shown.memory_picture(planned.programs, options.out / "memory.png", f"{experiment.name} on {where}")
+        console.print(f"{options.out}/plan.json and memory.png", highlight=False)
+    return 0 if all(program.fits for program in planned.programs) else 1
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UserError(f"{option} {text}: expected NAME=FOLDER")
+    return name, value
+
+
 def _report(run: Path) -> None:
     """What a run with an evaluation ends with: answers to read, the table, and the page with the plots."""
     import jax
 
     from jrlhf.experiment import stage_folders
 
+    if jax.process_index() != 0:
+        return
     folders = [f for seeds in stage_folders(run).values() for f in seeds.values()]
     evaluated = [f for f in folders if (f / "evaluation.json").is_file()]
-    if not evaluated or jax.process_index() != 0:
+    if not evaluated:
         return
     from jrlhf.compare.report import write_report
     from jrlhf.compare.samples import print_samples
@@ -341,7 +453,8 @@ def _report(run: Path) -> None:
     console = _wide_console()
     print_samples(console, evaluated[0] / "evaluation.json")
     page = write_report([run], run / "report", console)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    remote.push(run)
+    console.print(f"report: {remote.shown(page)}", highlight=False, soft_wrap=True)
 
 
 def _import_rooms() -> None:
@@ -352,19 +465,31 @@ def _import_rooms() -> None:
             importlib.import_module(module.name)
 
 
-def _join_others(options: argparse.Namespace) -> None:
-    """Of several processes that run the same command: joins the others, before jax looks at its devices."""
-    import jax
-
+def _join_others(options: argparse.Namespace) -> bool:
+    """Of several processes that run the same command: joins the others, before jax looks at its devices. In a dry run
+    nobody is waited for. Whether there are others."""
     from jrlhf import hosts
 
     cluster = (options.coordinator, options.processes, options.process)
     if options.stall_timeout < 0:
         raise UserError(f"--stall-timeout: expected seconds, or 0 for none, got {options.stall_timeout:g}")
-    if options.distributed or any(x is not None for x in cluster):
+    if not options.distributed and all(x is None for x in cluster):
+        return False
+    hosts.check_cluster(*cluster)
+    if not options.dry_run:
+        import jax
+
         hosts.join(*cluster)
         if jax.process_count() > 1 and options.stall_timeout:
             hosts.WATCH.start(options.stall_timeout)
+    return True
+
+
+def _plan_profile(steps: str | None) -> None:
+    from jrlhf.training.profiling import PROFILING
+
+    if steps is not None:
+        PROFILING.plan(steps)
 
 
 def _set_up_jax(devices: int | None, runs_dir: Path | None) -> None:
@@ -414,11 +539,9 @@ def _set_up_serving(runs_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _trace_on_sigusr1(steps: str | None) -> Iterator[None]:
+def _trace_on_sigusr1() -> Iterator[None]:
     from jrlhf.training.profiling import PROFILING
 
-    if steps:
-        PROFILING.plan(steps)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -486,7 +609,7 @@ def _list(options: argparse.Namespace) -> int:
 
     runs = ex.run_folders(options.runs_dir)
     if not runs:
-        print(f"no runs in {options.runs_dir}")
+        print(f"no runs in {remote.shown(options.runs_dir)}")
         return 0
     table = Table("run", "finished", "last started", "seeds", "stages", "differs from the first so named in")
     for column in table.columns[:3]:
@@ -522,7 +645,7 @@ def _show(options: argparse.Namespace) -> int:
     run = ex.find_run(options.run, options.runs_dir, _notice)
     console = _wide_console()
     table = Table(
-        "stage", "seed", "status", "time", "folder", "results", title=str(run), title_justify="left"
+        "stage", "seed", "status", "time", "folder", "results", title=remote.shown(run), title_justify="left"
     )
     for name, seeds in ex.stage_folders(run).items():
         for seed, folder in seeds.items():

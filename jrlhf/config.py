@@ -78,13 +78,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known) or '(none)'}."
 
 
+def bytes_text(n: float) -> str:
+    """1300000 -> 1.2 MiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.2f} {unit}" if unit == "GiB" else f"{n / scale:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Device mesh. -1 takes the devices that the other axes leave (only for one axis)."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # rows
+    fsdp: int = 1  # rows; parameters, gradients and optimiser state are split
+    expert: int = dataclasses.field(default=1, kw_only=True)  # rows; the experts of a mixture are split
+    sequence: int = dataclasses.field(default=1, kw_only=True)  # lengths
+    tensor: int = 1  # heads, feed-forward, vocabulary
+    # Parts of the devices between which the network is slow; only `data` (`fsdp` where data is 1) goes from one to
+    # another. 0: as the devices say.
+    slices: int = dataclasses.field(default=0, kw_only=True)
 
 
 # What a stage leaves in its folder (`Stage.artifact`), for a field that names a stage to say which it needs.
@@ -207,6 +220,9 @@ class Stage:
 
     def check_mesh(self, mesh: MeshConfig) -> None:
         """Raise UserError if the stage cannot run on the devices that there are. Called before any stage runs."""
+
+    def check_model(self, mesh: MeshConfig, stages: "Mapping[str, Stage]") -> None:
+        """Raise UserError if the model that the stage will leave does not divide over the devices. Called then, too."""
 
     def files(self) -> tuple[str, ...]:
         """Local files (or folders) whose content is part of the fingerprint: those of nested Sources."""

@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -41,6 +42,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jrlhf import remote
 from jrlhf.config import (
     FILE_MODULE,
     STOP,
@@ -50,6 +52,7 @@ from jrlhf.config import (
     Stage,
     StageContext,
     UserError,
+    bytes_text,
     did_you_mean,
     from_dict,
     read_json,
@@ -397,9 +400,9 @@ def _sha(text: str) -> str:
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def default_runs_dir() -> Path:
+def default_runs_dir() -> Path | str:
     """`$JRLHF_RUNS`, or `runs` in the current folder."""
-    return Path(os.environ.get("JRLHF_RUNS") or "runs")
+    return remote.runs_dir(os.environ.get("JRLHF_RUNS") or "runs")
 
 
 def run_folder(experiment: Experiment, runs_dir: Path) -> Path:
@@ -420,7 +423,8 @@ def run(
     `force` names stages to run again, with all that depends on them (ALL: every stage). Their folders are
     first renamed to `<folder>.old-<n>`, all of them, so that a forced run that is interrupted goes on
     without `force`. An interrupted stage is resumed in its folder. Two processes that want the same stage
-    take turns: the second finds it finished.
+    take turns: the second finds it finished. (Where `runs_dir` stands for a bucket, `remote.working_folder`, the later
+    one takes it over, and the other ends.)
 
     Raises UserError for the user's mistakes and a full disk, Preempted when asked to stop (`STOP`).
     """
@@ -432,6 +436,7 @@ def run(
     )  # lines of a log stay whole
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
+    _pull(todo)
     forced = _forced(experiment, force)
     _check_mesh(experiment, todo, forced)
     keep_compiled(runs_dir)
@@ -448,6 +453,12 @@ def run(
             for task in todo:
                 if task.name in forced:
                     _move_aside(task, console)
+            remote.push(folder)
+        else:
+            for task in todo:
+                if task.name in forced and remote.url_of(task.folder):
+                    shutil.rmtree(task.folder, ignore_errors=True)  # this process's copy
+        hosts.agreed(True)  # nobody looks for what is being moved aside
         for task in todo:
             hosts.WATCH.moved(f"the stage before {_label(task)}")
             if hosts.stop_requested():
@@ -457,19 +468,23 @@ def run(
             )
             if _leads():
                 write_json(folder / "results.json", results)
-    _say(console, f"{experiment.name}: all stages finished, results in {folder}")
+                remote.push(folder)
+    _say(console, f"{experiment.name}: all stages finished, results in {remote.shown(folder)}")
     return folder
 
 
 def keep_compiled(runs_dir: Path) -> None:
     """Compiled programs are kept in `<runs_dir>/.jax_cache`, unless jax has been told where. All of them are, for a
-    stage has many small ones, unless the environment says how long compiling must have taken."""
+    stage has many small ones, unless the environment says how long compiling must have taken.
+
+    In a bucket so many small files would take longer than compiling: they are in `~/.cache/jrlhf` of the machine."""
     import jax
 
     config = jax.config
     if config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
         return
-    config.update("jax_compilation_cache_dir", str((runs_dir / ".jax_cache").absolute()))
+    folder = runs_dir.absolute() if remote.url_of(runs_dir) is None else Path.home() / ".cache" / "jrlhf"
+    config.update("jax_compilation_cache_dir", str(folder / ".jax_cache"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -504,6 +519,7 @@ def _check_mesh(experiment: Experiment, todo: list[Task], forced: set[str]) -> N
     for name in dict.fromkeys(t.name for t in todo if t.status != "finished" or t.name in forced):
         try:
             experiment.stages[name].check_mesh(experiment.mesh)
+            experiment.stages[name].check_model(experiment.mesh, experiment.stages)
         except UserError as e:
             raise UserError(f"stages.{name}: {e}") from e
 
@@ -521,7 +537,7 @@ def _no_run_of_nothing(folder: Path, todo: list[Task]) -> Iterator[None]:
 
     (A run that is stopped or killed goes on, and so it stays.)
     """
-    new = not folder.exists()
+    new = not folder.exists() and not remote.names(folder)
     unfinished = [t.folder for t in todo if t.status != "finished"]
     try:
         yield
@@ -530,13 +546,22 @@ def _no_run_of_nothing(folder: Path, todo: list[Task]) -> Iterator[None]:
     except Exception:
         if new and _leads() and not any(f.exists() for f in unfinished):
             shutil.rmtree(folder, ignore_errors=True)
+            remote.remove_folder(folder)
         raise
 
 
 def _forget_if_empty(folder: Path) -> None:
     """Remove a stage's folder that holds nothing but the records of its start."""
-    if {p.name for p in folder.iterdir()} <= {"config.json", "environment.json"}:
+    held = {p.name for p in folder.iterdir()} | remote.names(folder)
+    if held <= {"config.json", "environment.json"}:
         shutil.rmtree(folder)
+        remote.remove_folder(folder)
+
+
+def _pull(todo: list[Task]) -> None:
+    """What a bucket holds of the stages, where the folder of runs is one."""
+    for folder in {task.folder: None for task in todo}:
+        remote.pull(folder)
 
 
 def _stage_index(todo: list[Task]) -> dict[str, dict[str, str]]:
@@ -561,31 +586,41 @@ def _run_task(
     task: Task, experiment: Experiment, runs_dir: Path, env: Mapping[str, Any], console: Console
 ) -> dict[str, Any]:
     """The task's results, from its folder if it is finished there."""
+    from jrlhf import hosts
+
     label = _label(task)
     done_file = task.folder / "done.json"
     with contextlib.ExitStack() as stack:
         if _leads():
             stack.enter_context(_locked(task.folder, label, console))
-        if _agreed(task.status == "finished"):
-            if _leads() and task.stage.only_notes:
-                task.stage.run(_context(task, experiment, runs_dir, console))
+        remote.pull(task.folder)  # another start may have gone on with it
+        if hosts.agreed(task.status == "finished"):
+            if task.stage.only_notes:
+                if _leads():
+                    task.stage.run(_context(task, experiment, runs_dir, console))
+                    remote.claim(task.folder)
+                hosts.agreed(True)
+            remote.pull(task.folder)  # as the first process has found it
             done = read_json(done_file)
             saved = _duration(done["seconds"])
-            _say(console, f"{label}: reused {task.folder} (saves {saved})")
+            _say(console, f"{label}: reused {remote.shown(task.folder)} (saves {saved})")
             return done["results"]
         if _leads():
             verb = "resuming" if task.status == "partial" else "running"
-            _say(console, f"{label}: {verb} in {task.folder}")
+            _say(console, f"{label}: {verb} in {remote.shown(task.folder)}")
             task.folder.mkdir(parents=True, exist_ok=True)
             write_json(task.folder / "config.json", _stage_record(task))
             write_json(task.folder / "environment.json", {**env, "date": _now()})
-        _agreed(True)  # no process enters the folder before it is ready
+            remote.claim(task.folder)
+        hosts.agreed(True)  # no process enters the folder before it is ready
         start = time.monotonic()
         try:
             ctx = _context(task, experiment, runs_dir, console)
-            results = ctx.stage.run(ctx)
+            with remote.kept(task.folder if _leads() else task.folder / "profile"):
+                results = ctx.stage.run(ctx)
         except Exception as e:
-            e.add_note(f"in stage {task.name!r} (seed {task.seed}), folder {task.folder}")
+            where = remote.shown(task.folder)
+            e.add_note(f"in stage {task.name!r} (seed {task.seed}), folder {where}")
             if _leads() and not isinstance(e, Preempted):
                 _forget_if_empty(task.folder)
             raise
@@ -593,6 +628,9 @@ def _run_task(
         results = _plain(results, f"stage {task.name!r}: results")
         if _leads():
             write_json(done_file, {"results": results, "seconds": round(seconds, 3)})
+            remote.push(task.folder)
+        hosts.agreed(True)
+        remote.pull(task.folder)  # what the first process alone has written
         _say(console, f"{label}: finished in {_duration(seconds)}")
         return results
 
@@ -636,11 +674,11 @@ def _move_aside(task: Task, console: Console) -> None:
     """Rename the task's folder, if there is one, to the first free `<folder>.old-<n>`."""
     with _locked(task.folder, _label(task), console):
         if task.folder.exists():
-            n = 1
-            while (old := task.folder.with_name(f"{task.folder.name}.old-{n}")).exists():
-                n += 1
+            named = (task.folder.with_name(f"{task.folder.name}.old-{n}") for n in itertools.count(1))
+            old = next(f for f in named if not f.exists() and not remote.names(f))
+            remote.move_folder(task.folder, old)
             task.folder.rename(old)
-            _say(console, f"{_label(task)}: the former run is kept as {old}")
+            _say(console, f"{_label(task)}: the former run is kept as {remote.shown(old)}")
 
 
 @contextlib.contextmanager
@@ -693,17 +731,6 @@ def _leads() -> bool:
     """Whether this process writes the folders: of several (one per host), the first."""
     jax = sys.modules.get("jax")  # without it there is only one process
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
-def _agreed(value: bool) -> bool:
-    """The first process's `value`, in all processes; they wait for each other."""
-    jax = sys.modules.get("jax")
-    if jax is None or not jax.distributed.is_initialized():
-        return value
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -800,17 +827,22 @@ def _shipped_state() -> dict[str, Any] | None:
 # --- showing ------------------------------------------------------------------------------------------------
 
 
-def dry_run(experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | str = ()) -> Table:
+def dry_run(
+    experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | str = (), whole_mesh: bool = True
+) -> Table:
     """A table of what `run` would do: one row per (stage, seed). Creates nothing.
 
-    Raises UserError for all that `run` would refuse before it begins.
+    Raises UserError for all that `run` would refuse before it begins. whole_mesh: the devices of the mesh are all here,
+    so that it is checked.
     """
     experiment = _resolved(experiment)
     todo = tasks(experiment, runs_dir)  # checks the graph
+    _pull(todo)
     forced = _forced(experiment, force)
-    _check_mesh(experiment, todo, forced)
+    if whole_mesh:
+        _check_mesh(experiment, todo, forced)
     console = Console(quiet=True)
-    title = f"{experiment.name}: {run_folder(experiment, runs_dir)}"
+    title = f"{experiment.name}: {remote.shown(run_folder(experiment, runs_dir))}"
     caption = f"{_amount(todo, forced)} (≤: at most, as far as can be told before the stages it starts from have run)"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("stage", "kind", "starts from", "seed", "status"):
@@ -830,7 +862,7 @@ def dry_run(experiment: Experiment, runs_dir: Path, *, force: tuple[str, ...] | 
             task.name, kind(task.stage), ", ".join(task.parents) or "-", str(task.seed), status,
             _count(plan.model_params),
             *("≤ " * (name in plan.at_most) + _count(n) for name, n in counts.items()),
-            _bytes(plan.memory_bytes), escape(plan.note),
+            bytes_text(plan.memory_bytes) if plan.memory_bytes else "-", escape(plan.note),
         )  # fmt: skip
     return table
 
@@ -845,25 +877,36 @@ def find_run(name: str, runs_dir: Path, tell: Callable[[str], None] = lambda lin
     path = path.parent if path.name == "config.json" else path
     if (path / "stages.json").is_file():
         return path
+    if remote.is_url(name):
+        parent, _, own = name.rstrip("/").rpartition("/")
+        raise UserError(f"{name}: name a run in a bucket by --runs-dir {parent} and {own or 'RUN'}")
     runs = run_folders(runs_dir)
     known = [p.name for p in runs]
     if name in known:
-        return runs_dir / name
+        return _pulled(runs_dir / name)
     found = [p for p in runs if experiment_name(p) == name] or [p for p in runs if p.name.startswith(name)]
     names = dict.fromkeys(map(experiment_name, found))
     if len(names) > 1:
         raise UserError(f"{name}: runs of several experiments have names that begin so: {', '.join(names)}")
     if not found:
-        missing = (
-            f"neither a folder, nor a run in {runs_dir}" if "/" in name else f"no such run in {runs_dir}"
-        )
+        where = remote.shown(runs_dir)
+        missing = f"neither a folder, nor a run in {where}" if "/" in name else f"no such run in {where}"
         raise UserError(f"{name}: {missing}.{did_you_mean(name, map(experiment_name, runs))}")
     finished = [p for p in found if is_finished(p)]
     chosen = (finished or found)[-1]
     if len(found) > 1:
         which = "the newest finished" if finished else "the newest"
         tell(f"{name}: {chosen.name}, {which} of {len(found)} runs (`jrlhf list` tells how they differ)")
-    return chosen
+    return _pulled(chosen)
+
+
+def _pulled(run: Path) -> Path:
+    """A run folder, with the small files of its stages where it lies in a bucket."""
+    remote.pull(run)
+    for seeds in stage_folders(run).values():
+        for folder in seeds.values():
+            remote.pull(folder)
+    return run
 
 
 def experiment_name(run: Path) -> str:
@@ -908,6 +951,7 @@ def _part(path: str, others: Mapping[str, Any]) -> str:
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """Every run folder, oldest first."""
+    remote.pull_index(runs_dir)
     if not runs_dir.is_dir():
         return []
     found = [p for p in runs_dir.iterdir() if (p / "stages.json").is_file()]
@@ -929,10 +973,6 @@ def _count(n: float) -> str:
         if n < 1000:
             return f"{n:.3g}{unit}"
     return f"{n / 1000:.3g}T"
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB" if n else "-"
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,11 @@ TINY = ModelConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=4, n_kv_heads=
 MODEL = Model(TINY)
 SCALAR = Model(TINY, "scalar")
 AXES = SCALAR.logical_axes() | MODEL.logical_axes()
-MESHES = {"data": MeshConfig(8, 1, 1), "all": MeshConfig(2, 2, 2)}
+MESHES = {
+    "data": MeshConfig(8, 1, 1),
+    "all": MeshConfig(2, 2, 2),
+    "long": MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+}
 
 # Plain descent at rate 1: the parameters before a step less those after it are its gradient.
 DESCENT = Optimizer(optax.sgd(1.0), lambda updates: jnp.float32(1.0), None)

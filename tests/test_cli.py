@@ -13,6 +13,7 @@ import pytest
 
 from jrlhf.cli import main
 from jrlhf.config import STOP, UserError
+from jrlhf.training import profiling
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -161,6 +162,27 @@ def test_a_dry_run_of_real_stages_creates_nothing(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "stages to run: 8, to reuse: 0" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_waits_for_no_other_host(file, call):
+    """Nobody is at that address. Whether the mesh suits the devices of all hosts, one alone cannot tell."""
+    cluster = "--coordinator localhost:9 --processes 2 --process"
+    code, out, err = call(f"run toy.py --seeds 0 --dry-run --mesh.fsdp 16 {cluster} 1")
+    assert (code, err) == (0, "")
+    assert "to do" in out
+    assert "whether the mesh suits all their devices is not checked" in out
+    code, _, err = call(f"run toy.py --seeds 0 --dry-run {cluster} 2")
+    assert code == 2
+    assert "--process: 2 is none of the 2" in err
+
+
+def test_a_dry_run_checks_what_is_to_be_traced(file, call, monkeypatch):
+    monkeypatch.setattr(profiling, "PROFILING", profiling.Profiling())
+    assert call("run toy.py --seeds 0 --dry-run --profile steps=10:15")[0] == 0
+    code, _, err = call("run toy.py --seeds 0 --dry-run --profile 10-15")
+    assert code == 2
+    assert "--profile: expected FIRST:LAST" in err
+    assert call("run toy.py --seeds 0 --dry-run --profile=")[0] == 2
 
 
 def test_runs_dir_from_the_environment(file, call, monkeypatch):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jrlhf"
 # A room may import its own tier and those before it. SIDE rooms are apart.
 TIERS = (
     ("types",),
-    ("config", "sharding", "hosts"),
+    ("config", "sharding", "hosts", "hardware", "hlo", "remote"),
     ("ops",),
     ("models",),
     ("rollout", "optim", "checkpoint", "metrics"),

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jrlhf.config import UserError
 from jrlhf.models.config import ModelConfig
 from jrlhf.ops.masking import lengthened
-from jrlhf.sharding import constrain, map_shards
+from jrlhf.sharding import constrain, map_shards, sequence_ways
 
 LANES = 128  # a TPU kernel's blocks are multiples of this
 
@@ -145,6 +145,47 @@ def _scaled(x: jax.Array, scale_BKS1: jax.Array | tuple[()]) -> jax.Array:
     return x * scale_BKS1.reshape(b, *(1,) * (x.ndim - 5), k, 1, 1, s)
 
 
+def by_heads(
+    q_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values as attention takes them. Where the mesh splits lengths, each device gets whole lengths
+    of some heads instead (Jacobs et al. 2023, DeepSpeed-Ulysses), so that any kernel runs as it is, and all devices
+    have the same to do. Keys' heads are repeated where they are fewer than the devices.
+
+    UserError where queries' heads do not divide.
+    """
+    if (ways := sequence_ways()) == 1:
+        return constrain(q_BTNH, "batch", "length", "heads", "head_dim"), key_BTKH, value_BTKH
+    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+    check_heads(q_BTNH.shape[2], ways, tensor)
+    more = ways // math.gcd(key_BTKH.shape[2] // tensor, ways)
+
+    def split(x):
+        # Said twice, so that what is exchanged is this array, with heads for all devices, and no part of its making.
+        x = constrain(x, "batch", "length", "heads", "head_dim")
+        return constrain(x, "batch", None, "attention_heads", "head_dim")
+
+    return split(q_BTNH), *(split(jnp.repeat(x, more, axis=2)) for x in (key_BTKH, value_BTKH))
+
+
+def by_lengths(out_BTNH: jax.Array) -> jax.Array:
+    """What was attended to, on the devices of its lengths again."""
+    if sequence_ways() == 1:
+        return out_BTNH
+    out_BTNH = constrain(out_BTNH, "batch", None, "attention_heads", "head_dim")
+    return constrain(out_BTNH, "batch", "length", "heads", "head_dim")
+
+
+def check_heads(heads: int, sequence: int, tensor: int) -> None:
+    """UserError where the mesh splits lengths and there are not enough heads to split instead."""
+    if sequence > 1 and heads % (sequence * tensor):
+        raise UserError(
+            f"mesh.sequence {sequence} x mesh.tensor {tensor}: model.n_heads {heads} is not divisible by "
+            f"{sequence * tensor}. Where the rest of the model splits lengths, attention splits heads: lower "
+            "mesh.sequence"
+        )
+
+
 def self_attention(
     config: ModelConfig,
     q_BTNH: jax.Array,
@@ -241,8 +282,8 @@ def splash(
             return jax.vmap(run)(q_BNTH, k_BKSH, v_BKSH, splash_attention.SegmentIds(q_BT, k_BS))
 
         # Kernels do not partition themselves.
-        heads, keys, rows = ("batch", "heads", None, None), ("batch", "kv_heads", None, None), ("batch", None)
-        return lambda *args: map_shards(on_shard, (heads, keys, keys, rows, rows), heads, *args)
+        heads, rows = ("batch", "attention_heads", None, None), ("batch", None)
+        return lambda *args: map_shards(on_shard, (heads, heads, heads, rows, rows), heads, *args)
 
     args = (q_BNTH, k_BKSH, v_BKSH, q_segments, k_segments)
     if len(kinds := set(config.layers_windowed)) == 1:

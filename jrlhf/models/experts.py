@@ -1,13 +1,16 @@
 """Mixture of experts: every token goes to its experts, none is dropped."""
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jrlhf.sharding import logical_spec
+from jrlhf.ops.masking import lengthened
+from jrlhf.sharding import RULES, batch_ways
+
+# Logical axes of the experts' weights.
+INTO, OUT = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
 
 
 def combine_experts(
@@ -21,29 +24,49 @@ def combine_experts(
 ) -> jax.Array:
     """Σ_k weight_k · expert_k(x) for the k experts chosen for each token, [B, T, D].
 
-    On a mesh the experts are split over the axis of the logical name "experts". Activations are whole there, so each
-    device computes its own experts' share of every token of its rows, and the shares are summed: no token travels.
+    On a mesh the experts are split over the expert axis, which splits rows too, and each one's middle layer over the
+    tensor axis. The rows of a group of experts are gathered, each of its devices computes its own experts' share of all
+    of them, and the sum of the shares goes back to where the rows are from. (While they are sampled, the rows are the
+    same in a whole group: the shares are summed.)
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _own_experts(
             x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD, jnp.int32(0), activation
         )
-    batch, experts = logical_spec(("batch", None, None)), logical_spec(("experts", None, None))
-    if x_BTD.shape[0] % math.prod(mesh.shape[name] for name in batch[0]):
-        # A few rows that do not divide (an initialisation, one prompt): every device has them all.
-        batch = P()
-    axis = experts[0]
+
+    def shares(x, weights, chosen, gate, up, down):
+        first = jax.lax.axis_index("expert") * gate.shape[0]
+        return _own_experts(x, weights, chosen, gate, up, down, first, activation)
+
+    if "expert" in mesh.manual_axes:
+        split, down_split = P(None, None, "tensor"), P(None, "tensor", None)
+        return jax.shard_map(
+            lambda *args: jax.lax.psum(shares(*args), ("expert", "tensor")), axis_names={"tensor"}, check_vma=False,
+            in_specs=(P(), P(), P(), split, split, down_split), out_specs=P(),
+        )(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD)  # fmt: skip
+
+    length = x_BTD.shape[1]
+    # A few rows that do not divide (an initialisation, one prompt): every device has them all.
+    apart = x_BTD.shape[0] % batch_ways(mesh) == 0
+    tokens = P(RULES["batch"] if apart else None, "sequence", None)
+    into, out = P("expert", None, "tensor"), P("expert", "tensor", None)
 
     def on_device(x, weights, chosen, gate, up, down):
         # Said aloud: a gather by this device's own order does not tell by itself that its derivative is to be summed.
-        x, weights = (jax.lax.pcast(v, axis, to="varying") for v in (x, weights))
-        first = jax.lax.axis_index(axis) * gate.shape[0]
-        return jax.lax.psum(_own_experts(x, weights, chosen, gate, up, down, first, activation), axis)
+        alike = "tensor" if apart else ("expert", "tensor")
+        x, weights = (jax.lax.pcast(v, alike, to="varying") for v in (x, weights))
+        if not apart:
+            return jax.lax.psum(shares(x, weights, chosen, gate, up, down), ("expert", "tensor"))
+        x, weights, chosen = (jax.lax.all_gather(v, "expert", tiled=True) for v in (x, weights, chosen))
+        y = jax.lax.psum(shares(x, weights, chosen, gate, up, down), "tensor")
+        return jax.lax.psum_scatter(y, "expert", tiled=True)
 
-    return jax.shard_map(
-        on_device, in_specs=(batch, batch, batch, experts, experts, experts), out_specs=batch
-    )(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD)
+    x_BTD, weights_BTk, chosen_BTk = (
+        lengthened(v, 1, -length % mesh.shape["sequence"]) for v in (x_BTD, weights_BTk, chosen_BTk)
+    )
+    run = jax.shard_map(on_device, in_specs=(tokens, tokens, tokens, into, into, out), out_specs=tokens)
+    return run(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD)[:, :length]
 
 
 def _own_experts(x_BTD, weights_BTk, chosen_BTk, gate_EDF, up_EDF, down_EFD, first, activation):

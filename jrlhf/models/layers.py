@@ -1,6 +1,7 @@
 """The decoder's layers. B batch, T tokens, S cache slots, D model, N query heads, K key-value heads,
 G = N / K, H head size, F feed-forward, V vocabulary."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jrlhf.models.attention import LayerCache, Segments, attend, self_attention, written
+from jrlhf.models.attention import LayerCache, Segments, attend, by_heads, by_lengths, self_attention, written
 from jrlhf.models.config import ModelConfig
-from jrlhf.models.experts import combine_experts
+from jrlhf.models.experts import INTO, OUT, combine_experts
 from jrlhf.models.rope import Rotation, rotate
 from jrlhf.ops.masking import Places, at_places
-from jrlhf.sharding import constrain
+from jrlhf.sharding import by_hand_ways, constrain, sequence_ways
 
 
 def logical(init, *axes):
@@ -35,12 +36,24 @@ def fan_in(axes: tuple[int, ...]) -> Any:
     return init
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(w: jax.Array, dtype: Any, axes: tuple[str, ...]) -> jax.Array:
+    return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
 def gathered(w: jax.Array, dtype: Any, *axes: str) -> jax.Array:
-    """A weight as a matrix product uses it: in the compute dtype, whole along the axis that fsdp splits.
+    """A weight as a matrix product uses it: in the compute dtype, whole along the axis that fsdp splits. Its gradient
+    is split again at once, so that the devices sum only what each of them keeps.
 
     Without this the partitioner may rather split the activations, and reshard them at every layer.
     """
-    return constrain(w.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+    return _gathered(w, dtype, axes)
+
+
+_gathered.defvjp(
+    lambda w, dtype, axes: (_gathered(w, dtype, axes), jnp.zeros((), w.dtype)),
+    lambda dtype, axes, like, gradient: (constrain(gradient, *axes).astype(like.dtype),),
+)
 
 
 class View(NamedTuple):
@@ -105,11 +118,12 @@ def product(x: jax.Array, w: jax.Array, inputs: int, dtype: Any = None) -> jax.A
     dtype: of the result (None: that of x and w).
 
     Left to contract rows and tokens for a weight's gradient, XLA on a CPU first writes out transposed activations,
-    which takes longer than the product.
+    which takes longer than the product. (Rows and lengths that are both split over devices cannot become one axis.)
     """
-    n = math.prod(x.shape[-inputs:])
-    y = jnp.matmul(x.reshape(-1, n), w.reshape(n, -1), preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-inputs], *w.shape[inputs:])
+    n, outer = math.prod(x.shape[-inputs:]), x.shape[:-inputs]
+    rows = (-1,) if sequence_ways() == 1 else outer
+    y = jnp.matmul(x.reshape(*rows, n), w.reshape(n, -1), preferred_element_type=dtype)
+    return y.reshape(*outer, *w.shape[inputs:])
 
 
 def linear(
@@ -184,7 +198,7 @@ class Attention(nn.Module):
             cache = written(cache, key, value, slot)
             out = attend(q, cache, view.mask_BTS, scale, c.attention_softcap, prefix)
         else:
-            q = constrain(q, "batch", "length", "heads", "head_dim")
+            q, key, value = by_heads(q, key, value)
             cache = LayerCache(key.swapaxes(1, 2), value.swapaxes(1, 2))
             if at is None:
                 out = self_attention(c, q, cache, view.mask_BTS, segments, windowed, scale, prefix)
@@ -192,6 +206,7 @@ class Attention(nn.Module):
                 mask_BAS = at_places(view.mask_BTS, at)
                 out = attend(q, cache, mask_BAS, scale, c.attention_softcap, prefix)
                 out = checkpoint_name(out, "attention")
+            out = by_lengths(out)
         return linear(self, "o", out, ("heads", "head_dim"), {"embed": c.d_model}, c.o_bias), cache
 
 
@@ -234,10 +249,10 @@ class Experts(nn.Module):
         c, dtype = self.config, x_BTD.dtype
         e, d, f, param_dtype = c.moe.experts, c.d_model, c.d_ff, jnp.dtype(c.param_dtype)
         router_DE = self.param("router", logical(fan_in((0,)), "embed", "router"), (d, e), param_dtype)
-        into, out = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-        gate = self.param("gate", logical(fan_in((1,)), *into), (e, d, f), param_dtype)
-        up = self.param("up", logical(fan_in((1,)), *into), (e, d, f), param_dtype)
-        down = self.param("down", logical(fan_in((1,)), *out), (e, f, d), param_dtype)
+        here = e // by_hand_ways("expert")  # while answers are sampled, a device's own are all that it sees
+        gate = self.param("gate", logical(fan_in((1,)), *INTO), (here, d, f), param_dtype)
+        up = self.param("up", logical(fan_in((1,)), *INTO), (here, d, f), param_dtype)
+        down = self.param("down", logical(fan_in((1,)), *OUT), (here, f, d), param_dtype)
 
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE",
@@ -253,9 +268,9 @@ class Experts(nn.Module):
             x_BTD,
             weights_BTk.astype(dtype),
             chosen_BTk,
-            gathered(gate, dtype, *into),
-            gathered(up, dtype, *into),
-            gathered(down, dtype, *out),
+            gathered(gate, dtype, *INTO),
+            gathered(up, dtype, *INTO),
+            gathered(down, dtype, *OUT),
             ACTIVATIONS[c.activation],
         )
         real_BT1 = real_BT[..., None].astype(jnp.float32)

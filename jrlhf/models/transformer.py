@@ -26,8 +26,18 @@ from jrlhf.models.rope import rotation
 from jrlhf.ops.distillation import chunked_divergence
 from jrlhf.ops.kl import full_kl
 from jrlhf.ops.logprobs import chunked_logprobs_and_entropy, logprobs_and_entropy, weighted_logprobs
-from jrlhf.ops.masking import Places, at_places, positions_from_mask
-from jrlhf.sharding import batch_ways, constrain, path_names
+from jrlhf.ops.masking import Places, at_places, lengthened, positions_from_mask
+from jrlhf.sharding import (
+    batch_ways,
+    constrain,
+    even_lengths,
+    in_stretches,
+    on_own_rows,
+    out_of_stretches,
+    path_names,
+    sequence_ways,
+    whole_lengths,
+)
 from jrlhf.types import Params
 
 Cache = list[LayerCache]
@@ -139,9 +149,9 @@ class Embed(nn.Module):
         if c.scale_embedding:
             x_BTD = x_BTD * jnp.asarray(c.d_model**0.5, x_BTD.dtype)
         if c.positions == "learned":
-            init = logical(nn.initializers.normal(0.02), "length", "embed")
+            init = logical(nn.initializers.normal(0.02), "context", "embed")
             table_SD = self.param("positions", init, (c.context, c.d_model), dtype)
-            x_BTD = x_BTD + gathered(table_SD, c.dtype, "length", "embed")[positions_BT]
+            x_BTD = x_BTD + gathered(table_SD, c.dtype, "context", "embed")[positions_BT]
         return constrain(x_BTD, "batch", "length", "act_embed")
 
 
@@ -177,14 +187,15 @@ class ScalarHead(nn.Module):
 def scalar_heads(head: Params, x_BTD: jax.Array) -> jax.Array:
     """[B, T, n] float32 scores of every head."""
     scores_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), head["kernel"])
-    return scores_BTN + head["bias"][None, None]
+    return whole_lengths(scores_BTN + head["bias"][None, None])
 
 
 def scalar_head(head: Params, x_BTD: jax.Array) -> jax.Array:
     """[B, T] float32 scores of the only head."""
     if (n := head["kernel"].shape[1]) != 1:
         raise ValueError(f"there are {n} scalar heads where one is wanted: combine them (combine_heads)")
-    return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head["kernel"][:, 0]) + head["bias"][0]
+    scores_BT = jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), head["kernel"][:, 0]) + head["bias"][0]
+    return whole_lengths(scores_BT)
 
 
 def causal_mask(segment_ids_BT: jax.Array) -> jax.Array:
@@ -284,10 +295,15 @@ class Model:
         Nothing reads the last layer but `at` these places: its queries and its feed-forward block are computed there
         alone, where that saves enough (`_ends_early`).
         """
-        c = self.config
-        if not self._ends_early(tokens_BT.shape[1], at):
+        c, length = self.config, tokens_BT.shape[1]
+        if not self._ends_early(length, at):
+            more = -length % sequence_ways()  # what no real token sees
+            rows = whole_lengths((tokens_BT, positions_BT, mask_BTT, segments))
+            rows = jax.tree.map(lambda x: lengthened(x, 1, more), rows)
+            tokens_BT, positions_BT, mask_BTT, segments = rows
+            mask_BTT = whole_lengths(lengthened(mask_BTT, 2, more))
             hidden_BTD, balance = _apply(self._decoder(), params, tokens_BT, positions_BT, mask_BTT, segments)
-            return at_places(hidden_BTD, at), balance
+            return at_places(hidden_BTD[:, :length], at), balance
         slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         views = layer_views(c, positions_BT, mask_BTT, slots, slots, segments)
 
@@ -308,9 +324,10 @@ class Model:
 
     def _ends_early(self, length: int, at: Places) -> bool:
         """Whether the last layer is computed at some places alone. For deep models it is not worth a second program of
-        a layer; experts are balanced over all tokens; and a kernel of all queries beats XLA's attention of many."""
+        a layer; experts are balanced over all tokens; a kernel of all queries beats XLA's attention of many; and where
+        the mesh splits lengths, some places are mostly those of some devices."""
         c = self.config
-        if at is None or c.moe.experts:
+        if at is None or c.moe.experts or sequence_ways() > 1:
             return False
         share = (len(range(*at.indices(length))) if isinstance(at, slice) else at.shape[1]) / length
         few = attention_implementation(c, length, length) == "xla" or share <= 1 / 8
@@ -345,28 +362,51 @@ class Model:
 
         Where `needed` is False there may be anything finite: stretches of which nothing is needed are left out.
         """
-        chunk = self.logits_chunk(*targets_BT.shape)
-        if chunk < targets_BT.shape[1]:
+        chunk, length = self.logits_chunk(*targets_BT.shape), targets_BT.shape[1]
+        if chunk * sequence_ways() < length:
+            if needed_BT is None:
+                needed_BT = jnp.ones(targets_BT.shape, bool)
+
+            def chunked(shared, hidden, targets, needed):
+                return chunked_logprobs_and_entropy(
+                    hidden,
+                    shared[0],
+                    targets,
+                    shared[1],
+                    chunk=chunk,
+                    of_logits=self.cap_logits,
+                    needed=needed,
+                )
+
             # The kernel goes in as it is (float32), so that its gradient is summed over chunks in float32.
-            kernel = self.lm_kernel(params)
-            return chunked_logprobs_and_entropy(
-                hidden_BTD, kernel, targets_BT, temperature, chunk=chunk, of_logits=self.cap_logits,
-                needed=needed_BT,
-            )  # fmt: skip
-        return logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature)
+            shared = self.lm_kernel(params), jnp.asarray(temperature, jnp.float32)
+            rows = in_stretches((hidden_BTD, targets_BT, needed_BT))
+            return out_of_stretches(on_own_rows(chunked, shared, *rows), length)
+        hidden_BTD, targets_BT = even_lengths((hidden_BTD, targets_BT))
+        told = whole_lengths(logprobs_and_entropy(self.logits(params, hidden_BTD), targets_BT, temperature))
+        return jax.tree.map(lambda x: x[:, :length], told)
 
     def weighted_logprobs_of_hidden(
         self, params, hidden_BTD, targets_BT, weights_BT
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Σ weights · log-probability, [], with its gradient; the log-probabilities and entropies, [B, T] float32,
         without. For weights that are known beforehand: the logits are computed once (`ops.logprobs`)."""
-        chunk = self.logits_chunk(*targets_BT.shape)
-        return weighted_logprobs(
-            hidden_BTD, self.lm_kernel(params), targets_BT, weights_BT, chunk=chunk, of_logits=self.cap_logits
-        )
+        chunk, length = self.logits_chunk(*targets_BT.shape), targets_BT.shape[1]
+
+        def weighted(kernel, hidden, targets, weights):
+            total, *told = weighted_logprobs(
+                hidden, kernel, targets, weights, chunk=chunk, of_logits=self.cap_logits
+            )
+            return total[None], *told
+
+        rows = in_stretches((hidden_BTD, targets_BT, weights_BT))
+        totals, *told = on_own_rows(weighted, self.lm_kernel(params), *rows)
+        return jnp.sum(totals), *out_of_stretches(told, length)
 
     def logits_chunk(self, rows: int, positions: int) -> int:
-        """Positions of each row whose logits are alive at a time, at least 1 and at most all."""
+        """Positions of each row whose logits are alive at a time, at least 1 and at most all (of those that a device
+        has, where the mesh splits lengths)."""
+        positions = -(-positions // sequence_ways())
         if self.config.logits_chunk:
             return min(self.config.logits_chunk, positions)
         mesh = jax.sharding.get_abstract_mesh()
@@ -415,7 +455,14 @@ class Model:
         model once, and the group's answers attend to its keys and values and to their own: the forward and backward
         pass of Q * (P + G * R) tokens in place of Q * G * (P + R).
         """
-        c = self.config
+        c, ways, answers = self.config, sequence_ways(), tokens_BT.shape[1] - start
+        if ways > 1:  # both lengths divide
+            more = ((0, 0), (-start % ways, -answers % ways))
+            tokens_BT, mask_BT, start = (
+                jnp.pad(tokens_BT, more),
+                jnp.pad(mask_BT, more),
+                start + -start % ways,
+            )
         prompt_QP, answer_BR = tokens_BT[::group, :start], tokens_BT[:, start:]
         seen_BT = jnp.asarray(mask_BT).astype(jnp.int32) != 0
         positions_BT = positions_from_mask(seen_BT)
@@ -447,7 +494,7 @@ class Model:
         windowed_L = jnp.asarray(c.layers_windowed)
         (x_QPD, x_BRD), _ = jax.lax.scan(layer, embedded, (params["layers"], windowed_L))
         predicting = jnp.concatenate([jnp.repeat(x_QPD[:, -1:], group, axis=0), x_BRD[:, :-1]], axis=1)
-        return _apply(norm(c, "final_norm"), params["final_norm"], predicting)
+        return _apply(norm(c, "final_norm"), params["final_norm"], predicting[:, :answers])
 
     def divergence(
         self,
@@ -483,12 +530,16 @@ class Model:
         def compare(logits, other_logits):
             return of(logits[..., :shared] / temperature, other_logits[..., :shared] / temperature)
 
-        chunk = self.logits_chunk(*hidden_BTD.shape[:2])
-        if chunk < hidden_BTD.shape[1]:
+        chunk, length = self.logits_chunk(*hidden_BTD.shape[:2]), hidden_BTD.shape[1]
+        if chunk * sequence_ways() < length:
             kernels = (self.lm_kernel(params), other.lm_kernel(other_params))
             capped = lambda logits, others: compare(self.cap_logits(logits), other.cap_logits(others))  # noqa: E731
-            return chunked_divergence(capped, (hidden_BTD, other_BTD), kernels, chunk=chunk)
-        return compare(self.logits(params, hidden_BTD), other.logits(other_params, other_BTD))
+            chunked = lambda kernels, *states: chunked_divergence(capped, states, kernels, chunk=chunk)  # noqa: E731
+            apart = on_own_rows(chunked, kernels, *in_stretches((hidden_BTD, other_BTD)))
+            return out_of_stretches(apart, length)
+        hidden_BTD, other_BTD = even_lengths((hidden_BTD, other_BTD))
+        apart = compare(self.logits(params, hidden_BTD), other.logits(other_params, other_BTD))
+        return whole_lengths(apart)[:, :length]
 
     def scores(
         self, params: Params, tokens_BT, segment_ids_BT, positions_BT=None, at: Places = None

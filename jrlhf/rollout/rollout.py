@@ -13,7 +13,7 @@ from jrlhf.models.transformer import Cache, Model
 from jrlhf.ops.masking import lengthened
 from jrlhf.rollout.sampling import Sampling, draw, filter_logits, row_keys
 from jrlhf.rollout.stops import ACCEPTED
-from jrlhf.sharding import RULES, batch_ways, fetch
+from jrlhf.sharding import MESH_AXES, fetch, path_names, sampling_axes, sampling_ways
 from jrlhf.types import Params, Prompts, Rollout
 
 
@@ -92,7 +92,8 @@ def rollout(
     - All slots write to the same place of their caches, one contiguous update whatever their ages. With a queue the
       cache is a ring, and the prompt of a row that starts later is copied to the places behind the current one;
       without, it grows in a few steps, so that attention does not read what is still empty.
-    - On a mesh every shard of the batch has slots and a queue of its own, and whole weights (but for `tensor`).
+    - On a mesh every shard of the rows (`sampling_axes`) has slots and a queue of its own, and whole weights (but for
+      `tensor`, and an expert's for `expert`).
     """
     decode_params = model.decode_params(params)
     tokens_QP, mask_QP = jnp.asarray(prompts.tokens, jnp.int32), jnp.asarray(prompts.mask, bool)
@@ -103,11 +104,11 @@ def rollout(
     elif stream is not None:
         raise ValueError(f"a stream comes of one device, and the mesh has {mesh.size}")
     else:
-        batch = jax.P(RULES["batch"])
-        here = partial(_sample, model, group, slots // batch_ways(mesh))
+        rows = jax.P(sampling_axes(mesh, len(tokens_QP)))
+        here = partial(_sample, model, group, slots // sampling_ways(mesh, len(tokens_QP)))
         drawn = jax.shard_map(
-            here, in_specs=(jax.P(), batch, batch, batch, jax.P()), out_specs=batch, axis_names=set(RULES["batch"]),
-            check_vma=False,
+            here, in_specs=(_weights(model, decode_params), rows, rows, rows, jax.P()), out_specs=rows,
+            axis_names=set(MESH_AXES) - {"tensor"}, check_vma=False,
         )(decode_params, tokens_QP, mask_QP, keys_N, sampling)  # fmt: skip
     repeated = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
     return Rollout(
@@ -117,6 +118,20 @@ def rollout(
         logprobs=drawn.logprobs_NR,
         ended=drawn.ended_N,
     )
+
+
+def _weights(model: Model, decode_params: Params) -> Any:
+    """How each device has them: whole, but for the experts, of which it has its own. (`tensor` splits by itself.)"""
+    if not model.config.moe.experts:
+        return jax.P()
+    axes = model.logical_axes()
+
+    def split(path: tuple, _: Any) -> jax.P:
+        names = path_names(path)
+        own = axes[(names[0], *names[2:])][1:] if names[0] == "layers" else axes[names]
+        return jax.P(*["expert" if axis == "experts" else None for axis in own])
+
+    return jax.tree_util.tree_map_with_path(split, decode_params)
 
 
 def _sample(
@@ -136,7 +151,7 @@ def _sample(
     s = min(slots or n, n)
     queue = n > s
     shared = group > 1 and not queue  # the prompts' keys and values stay where they were read
-    chunk = min(4 if s <= 8 else 8, r)
+    chunk = _chunk(s, r)
     steps = -(-r // chunk) * chunk
     # With a queue rows start where a few slots are free, and as many prompts are read as they need.
     at_once = max(s // 8, 1) if queue else s
@@ -274,6 +289,24 @@ def _sample(
         state = grown(state, p - before + end)
         state = jax.lax.while_loop(partial(fits, end), body, state)
     return state.drawn
+
+
+def _chunk(slots: int, answer: int) -> int:
+    """Tokens that are drawn between two looks at which rows have ended."""
+    return min(4 if slots <= 8 else 8, answer)
+
+
+def loop_trips(rows: int, slots: int, answer: int) -> tuple[float, ...]:
+    """How often the loops of `rollout` run, outer ones first, where each of a device's rows has `answer` tokens; that
+    over free slots on average. For a planner: the program finds out."""
+    s = min(slots or rows, rows)
+    chunk = _chunk(s, answer)
+    steps = -(-answer // chunk) * chunk
+    if rows > s:
+        chunks = rows / s * steps / chunk
+        return chunks, rows / max(s // 8, 1) / chunks
+    ends = _cache_ends(steps, chunk)
+    return tuple((end - start) / chunk for start, end in zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _cache_ends(steps: int, chunk: int) -> list[int]:

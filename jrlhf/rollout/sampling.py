@@ -1,5 +1,6 @@
 """Sampling rules on logits. B rows, V vocabulary; everything float32."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,9 +120,13 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _sorting_is_dear() -> bool:
     """Whether top-k of a row costs more than a few dozen passes over it: on a TPU, or where the mesh splits it."""
+    return _vocab_ways() > 1 or platform() == "tpu"
+
+
+def _vocab_ways() -> int:
+    """Over how many devices the vocabulary is split here."""
     mesh = jax.sharding.get_abstract_mesh()
-    split = not mesh.empty and any(mesh.shape[axis] > 1 for axis in RULES["vocab"])
-    return split or platform() == "tpu"
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES["vocab"])
 
 
 def _filter_by_bits(x_BV: jax.Array, sampling: Sampling) -> jax.Array:
@@ -201,12 +206,16 @@ def inverse_cdf(logits_BV: jax.Array, uniform_B: jax.Array, block: int = 256) ->
     """One exact draw per row from softmax(logits) with one uniform number per row, [B] int32.
 
     Two-level sum: pick the block of the vocabulary where the cumulative probability crosses, then the token in it.
-    A twentieth of the cost of Gumbel noise for every token of a large vocabulary on a CPU.
+    A twentieth of the cost of Gumbel noise for every token of a large vocabulary on a CPU. Devices that split the
+    vocabulary have whole blocks each: they tell one another sums, and one block.
     """
     b, v = logits_BV.shape
-    pad = -v % block
-    x = jnp.pad(logits_BV, ((0, 0), (0, pad)), constant_values=NEG) if v > block else logits_BV
-    p = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)).reshape(b, -1, min(block, x.shape[-1]))
+    parts = _vocab_ways()
+    each = v // parts
+    width = min(block, each)
+    x = logits_BV.reshape(b, parts, each)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -each % width)), constant_values=NEG)
+    p = jnp.exp(x - jnp.max(x, axis=(1, 2), keepdims=True)).reshape(b, -1, width)
     block_sum_BN = jnp.sum(p, axis=-1)
     cum_BN = jnp.cumsum(block_sum_BN, axis=-1)
     target_B = uniform_B * cum_BN[:, -1]
@@ -214,7 +223,8 @@ def inverse_cdf(logits_BV: jax.Array, uniform_B: jax.Array, block: int = 256) ->
     before_B = jnp.take_along_axis(cum_BN - block_sum_BN, n_B[:, None], 1)[:, 0]
     p_BW = jnp.take_along_axis(p, n_B[:, None, None], axis=1)[:, 0]
     w_B = _first_above(jnp.cumsum(p_BW, axis=-1), p_BW, target_B - before_B)
-    return (n_B * p.shape[-1] + w_B).astype(jnp.int32)
+    blocks = p.shape[1] // parts
+    return (n_B // blocks * each + n_B % blocks * width + w_B).astype(jnp.int32)
 
 
 def _first_above(cum, mass, target) -> jax.Array:

@@ -1,6 +1,7 @@
 """Sampling from policies and measuring what they write."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -18,7 +19,7 @@ from jrlhf.models.transformer import Model
 from jrlhf.rollout.rollout import Stream, pad_prompts, rollout
 from jrlhf.rollout.sampling import Sampling, SamplingConfig, make_sampling
 from jrlhf.rollout.stops import stop_table
-from jrlhf.sharding import DEVICE, batch_ways, check_batch, fetch, leads, placed, put_batch
+from jrlhf.sharding import DEVICE, batch_ways, check_batch, fetch, leads, placed, put_batch, sampling_ways
 from jrlhf.training.data import chunk_rows, in_chunks
 from jrlhf.training.rewards import Reward, Texts, on_host_scores, read_texts
 from jrlhf.types import Params, Prompts, Rollout
@@ -64,15 +65,11 @@ class Sampler:
         `first_row` numbers the first of them, for its draws. UserError where the rows do not divide over the mesh:
         `sample` fills them up, this does not.
         """
-        rows, ways = len(ids) * group, batch_ways(self.mesh)
-        check_batch(self.mesh, rows, f"answers to draw ({len(ids)} prompts x {group})")
-        # Prompts are split over the mesh: where there are too few, some are given several times.
-        copies = next(n for n in range(1, group + 1) if group % n == 0 and len(ids) * n % ways == 0)
+        check_batch(self.mesh, len(ids) * group, f"answers to draw ({len(ids)} prompts x {group})")
+        copies, slots = draw_sizes(self.mesh, self.config, len(ids), group)
         prompts = self.put_prompts([row for row in ids for _ in range(copies)])
-        slots = (self.config.slots or SLOTS.get(platform(), 256) * ways) // ways * ways or ways
         return rollout(
-            self.model, params, prompts, key, self.sampling, group // copies, slots if slots < rows else 0, first_row,
-            stream=stream,
+            self.model, params, prompts, key, self.sampling, group // copies, slots, first_row, stream=stream,
         )  # fmt: skip
 
     def sample(
@@ -84,7 +81,7 @@ class Sampler:
         group: int = 1,
     ) -> Rollout:
         """`group` responses to each prompt, next to each other, as numpy arrays of len(ids) * group rows."""
-        ways, out = batch_ways(self.mesh), []
+        ways, out = batch_ways(self.mesh) * self.mesh.shape["sequence"], []
         # A fixed number of prompts at a time: more need another program, or more memory for what is drawn.
         size = -(-min(len(ids), max(BLOCK // group, 1)) // ways) * ways
         for start in range(0, len(ids), size):
@@ -94,6 +91,18 @@ class Sampler:
             if progress is not None:
                 progress(min(start + size, len(ids)) * group)
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(ids) * group], *out)
+
+
+def draw_sizes(mesh: Mesh, config: SamplingConfig, prompts: int, group: int) -> tuple[int, int]:
+    """(how often each prompt is given, rows that are sampled at a time or 0 for all) of a call of `rollout`.
+
+    Prompts are split over the mesh: where there are too few for that, some are given several times."""
+    rows = prompts * group
+    apart = sampling_ways(mesh, rows)
+    ways = math.lcm(batch_ways(mesh), apart)
+    copies = next(n for n in range(1, group + 1) if group % n == 0 and prompts * n % ways == 0)
+    slots = (config.slots or SLOTS.get(platform(), 256) * apart) // apart * apart or apart
+    return copies, slots if slots < rows else 0
 
 
 @lru_cache(maxsize=8)

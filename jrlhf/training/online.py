@@ -1,6 +1,5 @@
 """The driver for algorithms that learn from their own samples: prompts -> rollout -> reward -> update."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jrlhf.config import StageContext
 from jrlhf.data.batching import Batches, EasyFirst
 from jrlhf.data.curation import Curriculum
+from jrlhf.hosts import WAITS
 from jrlhf.models.transformer import Model
 from jrlhf.ops.on_policy import OnPolicyConfig, reference_params, shaped_scores
 from jrlhf.sharding import (
@@ -29,9 +29,10 @@ from jrlhf.sharding import (
 )
 from jrlhf.training.data import BatchFeed
 from jrlhf.training.evaluation import Sampler
-from jrlhf.training.loop import LoopConfig, fetched, guarded, sharded_state, train
+from jrlhf.training.loop import LoopConfig, Phases, fetched, guarded, sharded_state, train
 from jrlhf.training.monitors import Monitor
 from jrlhf.training.rewards import Reward, Texts, read_texts, repeat_rate, score_metrics
+from jrlhf.training.utilisation import OnlineFlops, counted, peak_flops
 from jrlhf.types import Algorithm, Array, Params, Rollout, Scores, TrainState
 
 # "one_step": the answers of an iteration are drawn by the policy before the update of the iteration before.
@@ -75,12 +76,14 @@ def train_online(
     curriculum: Curriculum | None = None,
     overlap: Overlap = "none",
     sampling_mesh: Mesh | None = None,
+    critic: Model | None = None,
 ) -> TrainState:
     """One iteration: `batch_size` responses (`group_size` to each prompt), their rewards, and the algorithm's update.
 
     watch: rewards that are only logged (a held-out reward model, the gold reward of a laboratory). ptx: arrays of
     pretraining text, of which each iteration takes one row per response. monitor: may end training early.
-    curriculum: which prompts come when. sampling_mesh: of devices that only sample, none of which is in `mesh`.
+    curriculum: which prompts come when. sampling_mesh: of devices that only sample, none of which is in `mesh`, or
+    another mesh of the same devices (`sharding.reshaped`). critic: the algorithm's, where it is a model of its own.
 
     Everything drawn depends on (key, number of the round) alone; without resampling an iteration is one round. With
     it, the number of rounds so far is saved with each checkpoint.
@@ -94,15 +97,9 @@ def train_online(
         mesh, axes, algorithm.init, *start,
         offload_optimizer=loop.offload_optimizer, offload_reference=loop.offload_reference,
     )  # fmt: skip
-    batch_of = algorithm.make_batch
-    if batch_of is None:
-        raise ValueError("this algorithm learns from a dataset: it has no make_batch")
-
-    @jax.jit
-    def make_batch(state: TrainState, frozen: Any, *rollout: Any, **earned: Any) -> Any:
-        return batch_of(state._replace(ref_params=fetched(frozen, loop)), *rollout, **earned)
-
-    step = jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
+    flops = OnlineFlops(sampler.model, critic, config)
+    algorithm = algorithm._replace(train_step=counted(algorithm.train_step, flops.of_update))
+    make_batch, step = online_programs(algorithm, loop)
     asked = loop.batch_size // config.group_size  # prompts of a round
     batches: Batches | EasyFirst = Batches(len(ids), asked, ctx.seed)
     if curriculum is not None:
@@ -128,26 +125,31 @@ def train_online(
         drawn = partial(draw_on, params, prompts, jax.random.fold_in(key, number), config.group_size)
         return Drawn(drawn(), drawn(greedy=True) if config.greedy_baseline else None)
 
-    def scored(drawn: Rollout, number: int) -> Scored:
+    def scored(drawn: Rollout, number: int, phases: Phases) -> Scored:
         index = [i for i in batches.indices(number) for _ in range(config.group_size)]
         samples = draw_on.back(drawn)
         # A program reads the text on the host, a reward model stays on the devices. (Text is read where it was drawn:
         # what comes back does so after the update that is under way.)
+        if need_text:
+            with WAITS:
+                jax.block_until_ready(drawn)
         texts = read_texts(drawn, [rows[i] for i in index], sampler.tokenizer) if need_text else None
-        return Scored(samples, reward.score(samples, texts), texts)
+        phases.end("rollout", samples, need_text and overlap == "none")
+        said = reward.score(samples, texts)
+        phases.end("reward", said, reward.needs_text and overlap == "none")
+        return Scored(samples, said, texts)
 
     def do_step(state: TrainState, n: int, finish: Callable[[], None]):
         nonlocal rounds
         extra: dict[str, Any] = {}
-        began = 0.0
+        phases = Phases(loop, n, state, finish)
 
         def dispatched() -> None:
             # The rollout follows the update of the step before; where the host waits for it, from here on the time is
             # this step's own. (With overlap it waits for what was drawn before that update.)
-            nonlocal began
             if need_text and overlap == "none":
                 finish()
-            began = began or time.perf_counter()
+            phases.begin()
 
         # 1. Prompts, responses to each by the current policy (or, with overlap, the one before), and their rewards.
         state, ahead = without_ahead(state)
@@ -157,7 +159,7 @@ def train_online(
             def of_round(number: int) -> Scored:
                 drawn = draw(state, number)
                 dispatched()
-                return scored(drawn.samples, number)
+                return scored(drawn.samples, number, phases)
 
             (samples, scores, texts), used, extra = resampled(of_round, rounds, config, loop.batch_size, mesh)
         else:
@@ -166,9 +168,9 @@ def train_online(
                 extra["rollout/staleness"] = float(ahead is not None and from_policy)
                 ahead = draw(state, rounds + 1) if n + 1 < loop.steps else None
             dispatched()
-            samples, scores, texts = scored(drawn.samples, rounds)
+            phases.end("rollout", (drawn, ahead))
+            samples, scores, texts = scored(drawn.samples, rounds, phases)
             greedy = drawn.greedy
-        rolled = time.perf_counter()
         extra |= score_metrics(reward.name, scores) | watched(samples, texts, scores.total, watch)
         if curriculum is not None:
             extra["rollout/competence"] = curriculum.share(rounds)
@@ -177,21 +179,27 @@ def train_online(
         # 2. What else the algorithm wants.
         more = (text_feed(n),) if text_feed is not None else ()
         if greedy is not None:
-            baseline = scored(greedy, rounds)
+            baseline = scored(greedy, rounds, phases)
             extra["reward/greedy/mean"] = jnp.mean(baseline.scores.total)
             more = (shaped(baseline.samples, baseline.scores),)
         rounds += used
         # 3. Advantages, then all epochs and minibatches of the update in one compiled call.
         earned = {} if scores.tokens is None else {"token_rewards": scores.tokens}
         batch = make_batch(state, frozen, samples, scores.values, *more, **earned)
+        phases.end("make_batch", batch)
         state, metrics = step(state, frozen, batch)
-        if texts is not None and overlap == "none":  # the host waited for it, so that its time is known
-            extra["time/rollout"] = rolled - began
+        phases.end("update", (state, metrics))
+        extra |= phases.metrics | flops.metrics(metrics, samples, used + (greedy is not None))
+        if texts is not None and "time/rollout" in phases.metrics:
             sampled = sum(map(len, texts.ids)) * used  # about: the rounds' answers are alike in length
-            extra["perf/tokens_per_s_rollout"] = sampled / (rolled - began)
+            extra["perf/tokens_per_s_rollout"] = sampled / phases.metrics["time/rollout"]
         if ahead is not None:
             state = state._replace(extra=state.extra | {AHEAD: ahead})
         return state, metrics | extra, batch
+
+    meshes = [mesh] if sampling_mesh is None or not draw_on.away else [mesh, sampling_mesh]
+    peaks = [peak_flops(m, sampler.model, *([critic] if critic else [])) for m in meshes]
+    peak = sum(peaks) if all(peaks) else 0.0
 
     def resume(position: dict) -> None:
         nonlocal rounds
@@ -200,12 +208,26 @@ def train_online(
     try:
         state = train(
             ctx, loop, loop.steps, template, make_state, do_step, evaluate, show,
-            lambda n: {"step": n, "rounds": rounds}, resume, monitor,
+            lambda n: {"step": n, "rounds": rounds}, resume, monitor, peak,
         )  # fmt: skip
     finally:
         if text_feed is not None:
             text_feed.close()
     return without_ahead(state)[0]
+
+
+def online_programs(algorithm: Algorithm, loop: LoopConfig) -> tuple[Any, Any]:
+    """(make_batch, train_step) of an on-policy algorithm, compiled when called:
+    `(state, frozen, rollout, scores, ...) -> batch` and `(state, frozen, batch) -> (state, metrics)`."""
+    batch_of = algorithm.make_batch
+    if batch_of is None:
+        raise ValueError("this algorithm learns from a dataset: it has no make_batch")
+
+    @jax.jit
+    def make_batch(state: TrainState, frozen: Any, *rollout: Any, **earned: Any) -> Any:
+        return batch_of(state._replace(ref_params=fetched(frozen, loop)), *rollout, **earned)
+
+    return make_batch, jax.jit(guarded(algorithm.train_step, loop), donate_argnums=0)
 
 
 def without_ahead(state: TrainState) -> tuple[TrainState, Drawn | None]:
@@ -235,23 +257,26 @@ def shapes_ahead(
 
 
 class Drawing:
-    """Draws answers where they are to be drawn: on the trainer's own mesh, or on another one of the same process, to
-    which parameters are sent and from which answers come back.
+    """Draws answers where they are to be drawn: on the trainer's own mesh, on another mesh of the same devices, or on
+    other devices of the same process, to which parameters are sent and from which answers come back.
 
-    Nothing waits. Between two meshes arrays are copied from device to device, for which each device must hold the part
-    that another one wants: parameters are gathered first (but for `tensor`, as the sampler wants them anyhow). Answers
-    stay where they were drawn until they are asked back: the trainer's programs run in the order in which they were
-    dispatched, so that an update behind their return would wait for them.
+    On the same devices parameters are split anew by one program, and answers are left split as the trainer has them.
+
+    Nothing waits. Between different devices arrays are copied from device to device, for which each device must hold
+    the part that another one wants: parameters are gathered first (but for `tensor`, as the sampler wants them anyhow).
+    Answers stay where they were drawn until they are asked back: the trainer's programs run in the order in which they
+    were dispatched, so that an update behind their return would wait for them.
     """
 
     def __init__(self, sampler: Sampler, mesh: Mesh, sampling_mesh: Mesh | None, axes: dict):
         self._mesh, self._to, self._axes = mesh, sampling_mesh, axes
+        self.away = sampling_mesh is not None and sampling_mesh.devices.flat[0] not in mesh.devices
         self._model, self._sampler = sampler.model, replace(sampler, mesh=sampling_mesh or mesh)
         self._greedy = replace(self._sampler, config=replace(sampler.config, temperature=0.0))
         self._send: Callable[[Params], Params] | None = None
         self._base: Params | None = None  # beside adapters: it never changes, and is sent once
         # Of answers, as they are drawn and as a checkpoint restores them: a resumed run then does the same sums.
-        self.sharding = batch_sharding(mesh) if sampling_mesh is None else replicated(sampling_mesh)
+        self.sharding = replicated(sampling_mesh) if sampling_mesh and self.away else batch_sharding(mesh)
         self._place = jax.jit(lambda x: x, out_shardings=self.sharding)
         self._split = jax.jit(lambda x: x, out_shardings=batch_sharding(mesh))
 
@@ -270,7 +295,9 @@ class Drawing:
 
     def _sender(self, to: Mesh, like: Params) -> Callable[[Params], Params]:
         there = state_shardings(to, like, self._axes)
-        whole = lambda s: NamedSharding(self._mesh, P(*[None if a == "fsdp" else a for a in s.spec]))  # noqa: E731
+        if not self.away:
+            return jax.jit(partial(in_decode_dtype, self._model), out_shardings=there)
+        whole = lambda s: NamedSharding(self._mesh, P(*[a if a == "tensor" else None for a in s.spec]))  # noqa: E731
         gather = jax.jit(partial(in_decode_dtype, self._model), out_shardings=jax.tree.map(whole, there))
         return lambda params: jax.device_put(gather(params), there)
 
@@ -281,11 +308,12 @@ class Drawing:
         if self._to is None:
             return self._place(sampler.draw(params, prompts, key, group))
         with jax.set_mesh(self._to):
-            return self._place(sampler.draw(params, prompts, jax.device_put(key, self.sharding), group))
+            key = jax.device_put(key, replicated(self._to))
+            return self._place(sampler.draw(params, prompts, key, group))
 
     def back(self, drawn: Rollout) -> Rollout:
         """On the trainer's mesh, split over the batch."""
-        if self._to is None:
+        if not self.away:
             return drawn
         return self._split(jax.device_put(drawn, replicated(self._mesh)))
 

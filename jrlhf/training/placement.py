@@ -9,11 +9,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from rich.table import Table
 
-from jrlhf.config import MeshConfig, Stage, UserError
+from jrlhf.config import MeshConfig, Stage, UserError, bytes_text
 from jrlhf.models.config import ModelConfig
 from jrlhf.models.transformer import Model
 from jrlhf.optim import build_optimizer
-from jrlhf.sharding import MESH_AXES, checked_sharding, mesh_sizes, path_names, state_shardings
+from jrlhf.sharding import MESH_AXES, checked_sharding, mesh_sizes, path_names, shown, state_shardings
 from jrlhf.training.stages.common import ModelStage, TrainingStage
 
 
@@ -32,9 +32,9 @@ def abstract_mesh(config: MeshConfig, devices: int | None = None) -> AbstractMes
     """A mesh of devices that need not be there: so many, or (None) as many as its axes say, or (-1) those that there
     are. UserError where they are not its axes' product."""
     if devices is None:
-        said = (config.data, config.fsdp, config.tensor)
+        said = [getattr(config, axis) for axis in MESH_AXES]
         devices = jax.device_count() if -1 in said else math.prod(said)
-    return AbstractMesh(mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh(mesh_sizes(config, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def placed(model: Model, mesh: AbstractMesh) -> list[Placed]:
@@ -83,7 +83,7 @@ def placement_tables(stages: Mapping[str, Stage], mesh: AbstractMesh) -> Iterato
     found = list(models_of(stages))
     if not found:
         raise UserError("no stage of this experiment trains a model")
-    sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    sizes = shown(mesh.axis_sizes)
     by_config: dict[ModelConfig, list[str]] = {}
     for name, _, config in found:
         by_config.setdefault(config, []).append(name)
@@ -96,10 +96,12 @@ def placement_tables(stages: Mapping[str, Stage], mesh: AbstractMesh) -> Iterato
             table.add_column(column, justify="right")
         rows = placed(Model(config), mesh)
         for row in rows:
-            table.add_row(row.name, row.split, row.dtype, _size(row.bytes), _size(row.bytes_each))
+            table.add_row(row.name, row.split, row.dtype, bytes_text(row.bytes), bytes_text(row.bytes_each))
         params_of[config] = sum(row.bytes_each for row in rows)
         table.add_section()
-        table.add_row("all", "", "", _size(sum(row.bytes for row in rows)), _size(params_of[config]))
+        table.add_row(
+            "all", "", "", bytes_text(sum(row.bytes for row in rows)), bytes_text(params_of[config])
+        )
         yield f"the model of {', '.join(names)} on {sizes}", table
     kept = Table()
     kept.add_column("stage")
@@ -108,14 +110,6 @@ def placement_tables(stages: Mapping[str, Stage], mesh: AbstractMesh) -> Iterato
     for name, stage, config in found:
         params = params_of[config]
         state = optimizer_bytes(Model(config), stage.optim, mesh)  # type: ignore[attr-defined]
-        kept.add_row(name, *map(_size, (params, params, state, 2 * params + state)))
+        kept.add_row(name, *map(bytes_text, (params, params, state, 2 * params + state)))
     what = "of the model that it trains, all parameters; a reference, a critic and activations come to it"
     yield f"on each device while a stage trains, on {sizes} ({what})", kept
-
-
-def _size(count: int) -> str:
-    """1234567 -> 1.2 MB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

@@ -22,7 +22,7 @@ from jrlhf.algorithms.reward_model import sequence_head_scores, sequence_scores
 from jrlhf.config import UserError, did_you_mean, read_json
 from jrlhf.data.chat import prompt_text
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.hosts import exchanged
+from jrlhf.hosts import own_share, told_by_all
 from jrlhf.lab import REWARDS as LAB_REWARDS
 from jrlhf.models.transformer import Model
 from jrlhf.ops.mixing import mix_scores
@@ -134,19 +134,12 @@ def text_reward(name: str, function: RewardFn, on_host: bool = False, divided: b
 def asked_on_all(name: str, ask: Callable[[Texts], Scores], texts: Texts) -> Scores:
     """`ask(texts)`, each process about its own share of the answers. A trouble of one is an error on all."""
     first, last = own_rows(texts.prompts, jax.process_count(), jax.process_index())
-    said, trouble = b"", None
-    if first < last:
-        try:
-            said = packed_scores(ask(Texts._make(column[first:last] for column in texts)))
-        except Exception as error:  # the others wait for this one
-            trouble = error
-    told = exchanged(b"!" + str(trouble).encode() if trouble is not None else b"." + said)
-    if trouble is not None:
-        raise trouble
-    for process, what in enumerate(told):
-        if what[:1] == b"!":
-            raise UserError(f"reward {name!r} failed on process {process}: {what[1:].decode()}")
-    return joined_scores([what[1:] for what in told if len(what) > 1])
+
+    def say() -> bytes:
+        some = Texts._make(column[first:last] for column in texts)
+        return packed_scores(ask(some)) if first < last else b""
+
+    return joined_scores([said for said in told_by_all(f"reward {name!r}", say) if said])
 
 
 def own_rows(prompts: Sequence[str], processes: int, process: int) -> tuple[int, int]:
@@ -154,8 +147,8 @@ def own_rows(prompts: Sequence[str], processes: int, process: int) -> tuple[int,
     which lie next to each other: a function may compare them."""
     starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
     ends = [*starts, len(prompts)]
-    cuts = [ends[round(len(starts) * k / processes)] for k in (process, process + 1)]
-    return cuts[0], cuts[1]
+    first, last = own_share(len(starts), processes, process)
+    return ends[first], ends[last]
 
 
 def packed_scores(scores: Scores) -> bytes:

@@ -101,7 +101,7 @@ def test_microbatches_accumulate_the_same_gradient(whole):
     assert f"f32[{ROWS},{LENGTH}," not in parts.hlo
 
 
-@pytest.mark.parametrize("mesh", ["data", "all"])
+@pytest.mark.parametrize("mesh", ["long", "all"])
 def test_a_mesh_gives_the_same_gradient(whole, mesh):
     """The teacher's parameters are whole on every device here: a stage shards them as it loaded them."""
     algorithm = make(DistillationConfig(divergence="jsd", temperature=0.8), MODEL, TEACHER, DESCENT)

@@ -94,7 +94,7 @@ def test_microbatches_accumulate_the_same_gradient_with_the_reference_on_the_fly
     assert f"f32[{2 * ROWS},{LENGTH}," not in parts.hlo  # neither of the policy nor of the reference
 
 
-@pytest.mark.parametrize(("mesh", "reference"), [("data", "precomputed"), ("all", "on_the_fly")])
+@pytest.mark.parametrize(("mesh", "reference"), [("long", "precomputed"), ("all", "on_the_fly")])
 def test_a_mesh_gives_the_same_gradient(whole, batch, mesh, reference):
     if reference == "on_the_fly":
         batch = batch._replace(ref_logprobs=np.zeros_like(batch.ref_logprobs))

@@ -146,7 +146,7 @@ def test_a_reward_model_learns_the_same(k, config, mesh, parts):
         (make_dpo, DPOConfig(0.3), None, 1),
         (make_dpo, DPOConfig(0.3, reference="on_the_fly", ld_alpha=0.4), "all", 2),
         (make_dpo, DPOConfig(0.3, loss="aot"), None, 2),
-        (make_dpo, DPOConfig(0.3, reference_free=True, rpo_alpha=0.5), "data", 1),
+        (make_dpo, DPOConfig(0.3, reference_free=True, rpo_alpha=0.5), "long", 1),
         (make_orpo, ORPOConfig(), None, 2),
         (make_ranked_dpo, RankedDPOConfig(0.3), "data", 2),
     ],

@@ -166,7 +166,7 @@ def test_the_decoders_step_is_divided_and_laid_out_at_will(name, decoded):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("aot", "data"), ("aot", "all"), ("orpo", "all"), ("plackett-luce", "all")]
+    ("name", "mesh"), [("aot", "long"), ("aot", "all"), ("orpo", "all"), ("plackett-luce", "all")]
 )
 def test_a_mesh_gives_the_same_gradient(name, mesh, decoded):
     batch, whole = decoded(name)

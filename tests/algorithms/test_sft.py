@@ -98,7 +98,7 @@ def test_microbatches_accumulate_the_same_gradient(whole):
 
 
 def test_a_mesh_gives_the_same_gradient_and_splits_the_work(whole):
-    spread = step(mesh="data")
+    spread = step(mesh="long")
     assert_close((spread.metrics, spread.gradient), (whole.metrics, whole.gradient))
     assert f"f32[{ROWS},{LENGTH}," not in spread.hlo, "an activation of the whole batch is on one device"
 

@@ -176,7 +176,7 @@ def test_microbatches_accumulate_the_same_gradient_with_the_reference_on_the_fly
 
 @pytest.mark.parametrize(
     ("make", "mesh", "reference"),
-    [(kto, "data", "precomputed"), (kto, "all", "on_the_fly"), (bco, "all", "precomputed")],
+    [(kto, "long", "precomputed"), (kto, "all", "on_the_fly"), (bco, "all", "precomputed")],
 )
 def test_a_mesh_gives_the_same_gradient(whole, batch, make, mesh, reference):
     rows = without_reference(batch) if reference == "on_the_fly" else batch

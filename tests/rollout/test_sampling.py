@@ -149,7 +149,7 @@ def test_the_way_is_that_of_the_platform_which_is_compiled_for():
     def ways(platform):
         """(whether it sorts, whether it draws by sums)"""
         device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
-        mesh = AbstractMesh((2, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+        mesh = AbstractMesh((2, 1, 1, 1, 1), MESH_AXES, (AxisType.Auto,) * 5, abstract_device=device)
         with use_abstract_mesh(mesh):
             here = jax.shard_map(token, in_specs=P("data"), out_specs=P("data"), check_vma=False)
             jaxpr = str(jax.make_jaxpr(here)(x))

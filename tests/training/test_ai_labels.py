@@ -1,6 +1,8 @@
 """A judge labels preferences, and is a reward: a local model, a server, a program."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,17 +13,17 @@ import tiny
 from chat_server import completion, serving
 from tiny_runs import QUIET, folders, jsonl, one_device, only, trained
 
+from jrlhf import hosts
 from jrlhf.config import MeshConfig, UserError
 from jrlhf.data.sources import FileSource
 from jrlhf.experiment import run
 from jrlhf.ops.agreement import cohen_kappa
-from jrlhf.rewards.endpoint import Endpoint
+from jrlhf.rewards.endpoint import Endpoint, EndpointJudge
 from jrlhf.rewards.judges import Comparison, Program, StoredVerdicts
 from jrlhf.rollout.sampling import SamplingConfig
 from jrlhf.sharding import make_mesh
-from jrlhf.training import judging
 from jrlhf.training.artifacts import load_model
-from jrlhf.training.judging import FirstHostJudge, JudgeReward, LocalJudge
+from jrlhf.training.judging import DividedJudge, JudgeReward, LocalJudge, judge_costs, make_judge
 from jrlhf.training.stages import AILabels, Judge
 from jrlhf.training.stages.ai_labels import every_pair, judge_report, labelled_rows
 
@@ -331,34 +333,79 @@ def test_a_tie_is_half_a_win_as_a_reward():
     np.testing.assert_allclose(reward(["q"], ["x"], [{"answer": "y"}]).values, [0.7], rtol=1e-6)
 
 
-def test_several_processes_ask_once(monkeypatch):
-    """Each of two processes in turn, with the broadcast in between played by hand."""
-    from jax.experimental import multihost_utils
+@pytest.fixture
+def on_two(monkeypatch):
+    """on_two(f) -> what f returns, or what UserError it raises, on each of two processes, which here are threads."""
+    own, said, together = threading.local(), {}, threading.Barrier(2, timeout=10)
 
-    sent, asked = [], []
+    def exchanged(data: bytes) -> list[bytes]:
+        said[own.number] = data
+        together.wait()
+        everything = [said[0], said[1]]
+        together.wait()
+        return everything
+
+    def on_two(f):
+        def run(number: int):
+            own.number = number
+            try:
+                return f()
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, (0, 1)))
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: own.number)
+    monkeypatch.setattr(hosts, "exchanged", exchanged)
+    return on_two
+
+
+def test_each_process_asks_its_share_and_all_know_all(on_two):
+    asked = []
 
     @dataclass(frozen=True)
-    class Once(Program):
+    class Lengths(Program):
         def verdicts(self, questions, options):
-            asked.append(questions)
+            asked.append(list(questions))
             if "fails" in questions:
                 raise UserError("out of credit")
-            return np.asarray([[0.25, 0.75]])
+            return np.asarray([[len(q) / 10, 1 - len(q) / 10] for q in questions])
 
-    judge = FirstHostJudge(Once())
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(judging, "leads", lambda: True)
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: (sent.append(x), x)[1])
-    np.testing.assert_array_equal(judge.verdicts(["q"], ("A", "B")), [[0.25, 0.75]])
-    with pytest.raises(UserError, match="out of credit"):
-        judge.verdicts(["fails"], ("A", "B"))
-    monkeypatch.setattr(judging, "leads", lambda: False)
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.pop(0))
-    np.testing.assert_array_equal(judge.verdicts(["q"], ("A", "B")), [[0.25, 0.75]])
-    with pytest.raises(UserError, match="as the first process says"):
-        judge.verdicts(["fails"], ("A", "B"))
-    assert len(asked) == 2
-    assert sent == []
+    questions = ["a", "bb", "a", "ccc", "dddd", "bb"]
+    first, second = on_two(lambda: DividedJudge(Lengths()).verdicts(questions, ("A", "B")))
+    np.testing.assert_array_equal(first, Lengths().verdicts(questions, ("A", "B")))
+    np.testing.assert_array_equal(first, second)
+    assert sorted(asked[:2]) == [["a", "bb"], ["ccc", "dddd"]]  # each once
+    found = on_two(lambda: DividedJudge(Lengths()).verdicts(["x", "fails"], ("A", "B")))
+    assert [str(error) for error in found] == [
+        "the judge failed on process 1: out of credit",
+        "out of credit",
+    ]
+    asked.clear()
+    for one in on_two(lambda: DividedJudge(Lengths()).verdicts(["a"], ("A", "B"))):
+        np.testing.assert_array_equal(one, [[0.1, 0.9]])
+    assert asked == [["a"]]  # one question is no work for two
+
+
+def test_replies_of_all_processes_are_kept_and_counted(on_two, tmp_path):
+    with serving() as serve:
+        server = serve(lambda question, n: completion("A" if question < "c" else "B"))
+        by, questions = Endpoint(server.url, "m"), ["a", "b", "c", "d", "e"]
+
+        def ask():
+            judge = make_judge(by, tmp_path / "answers.sqlite")
+            return judge.verdicts(questions, ("A", "B")).tolist(), judge_costs(judge)
+
+        (said, costs), other = on_two(ask)
+        assert (said, costs) == other
+        assert said == [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
+        assert costs["requests"] == 5
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["answers-1.sqlite", "answers.sqlite"]
+        # One process alone finds what two have asked.
+        assert EndpointJudge(by, tmp_path / "answers.sqlite").verdicts(questions, ("A", "B")).tolist() == said
+        assert sum(server.asked.values()) == 5
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import tiny
 from jrlhf.algorithms.grpo import GRPOConfig
 from jrlhf.algorithms.online_dpo import OnlineDPOConfig
 from jrlhf.config import MeshConfig, UserError
+from jrlhf.models.config import MoEConfig
 from jrlhf.training.stages import Checkpoint, OnPolicy
 
 ROLLS = OnPolicy(
@@ -49,6 +50,68 @@ def test_rows_of_microbatches_divide_over_the_devices(algorithm, message):
         return
     with pytest.raises(UserError, match=message):
         stage.check_mesh(MeshConfig(data=4, fsdp=2))
+
+
+TINY = tiny.experiment.stages["pretrain"].model
+MIXED = replace(TINY, moe=MoEConfig(experts=6, per_token=2))
+
+
+def with_model(model, **rolls):
+    stages = {**tiny.experiment.stages, "rolls": replace(ROLLS, **rolls)}
+    return stages | {"pretrain": replace(stages["pretrain"], model=model)}
+
+
+@pytest.mark.parametrize(
+    ("model", "mesh", "message"),
+    [
+        (TINY, MeshConfig(4, sequence=2), ""),
+        (TINY, MeshConfig(1, 2, sequence=4), r"mesh\.sequence 4 x mesh\.tensor 1: model\.n_heads 2 .* by 4"),
+        (TINY, MeshConfig(1, 2, 2, sequence=2), r"mesh\.sequence 2 x mesh\.tensor 2: model\.n_heads 2 .* by 4"),
+        (TINY, MeshConfig(4, expert=2), r"mesh\.expert 2: no model of this experiment has experts"),
+        (MIXED, MeshConfig(4, expert=2), ""),
+        (MIXED, MeshConfig(2, expert=4), "mesh.expert 4: model.moe.experts 6 is not divisible"),
+    ],
+)  # fmt: skip
+def test_heads_and_experts_divide_over_the_devices(model, mesh, message):
+    stages = with_model(model)
+    for name in ("pretrain", "rolls"):
+        stages[name].check_mesh(mesh)
+        if not message:
+            stages[name].check_model(mesh, stages)
+            continue
+        with pytest.raises(UserError, match=message):
+            stages[name].check_model(mesh, stages)
+
+
+def test_a_dense_reward_model_may_stand_beside_a_policy_with_experts():
+    stages = with_model(MIXED) | {"dense": tiny.experiment.stages["pretrain"]}
+    stages["reward_model"] = replace(stages["reward_model"], start="dense")
+    stages["reward_model"].check_model(MeshConfig(4, expert=2), stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rollout_mesh": MeshConfig(4, tensor=2)}, ""),
+        ({"rollout_mesh": MeshConfig(3)}, "rollout_mesh: mesh: data 3 x fsdp 1 x tensor 1 needs 3 devices"),
+        ({"rollout_mesh": MeshConfig(1, sequence=4, tensor=2)}, r"rollout_mesh: mesh\.sequence 4 x"),
+        ({"rollout_mesh": MeshConfig(8), "loop": tiny.loop(2, 12)}, "rollout_mesh: loop.batch_size: 12 rows"),
+        ({"rollout_mesh": MeshConfig(8), "rollout_devices": 4}, "and rollout_mesh is of all devices"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_mesh_to_sample_on(change, message):
+    stages, mesh = with_model(TINY, **change), MeshConfig(1, 4, 2)
+
+    def check():
+        stages["rolls"].validate(stages)
+        stages["rolls"].check_mesh(mesh)
+        stages["rolls"].check_model(mesh, stages)
+
+    if not message:
+        check()
+        return
+    with pytest.raises(UserError, match=message):
+        check()
 
 
 def test_a_kernel_that_the_devices_lack(monkeypatch):

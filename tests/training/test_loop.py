@@ -17,6 +17,7 @@ from jrlhf.config import MeshConfig, StageContext, UserError
 from jrlhf.data.batching import Batches
 from jrlhf.metrics import read_metrics
 from jrlhf.optim import OptimConfig
+from jrlhf.sharding import make_mesh
 from jrlhf.training import loop, online
 from jrlhf.training.data import BatchFeed, demonstration_batch
 from jrlhf.training.loop import LoopConfig, guarded, is_finite
@@ -46,7 +47,7 @@ def test_total_steps(config, rows, steps):
 
 
 def test_any_step_can_be_the_first_of_a_feed():
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     arrays = {"x": np.arange(20)}
     feed = BatchFeed(arrays, 4, 0, mesh)
     try:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from helpers import AXES, MODEL, SCALAR, lm_params, scalar_params
+from helpers import AXES, MODEL, SCALAR, assert_close, lm_params, scalar_params
 from jax._src.array import ArrayImpl
 from tiny_runs import QUIET, folders, lasting, only, trained
 
@@ -32,7 +32,7 @@ from jrlhf.models.transformer import Model
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import make_mesh, state_shardings
+from jrlhf.sharding import batch_sharding, make_mesh, reshaped, state_shardings
 from jrlhf.training import online
 from jrlhf.training.evaluation import Sampler
 from jrlhf.training.loop import COMPILATIONS, LoopConfig, performance
@@ -359,6 +359,27 @@ def test_on_devices_of_their_own_the_answers_are_the_same(tmp_path):
     both = learn(tmp_path / "both", mesh=train, sampling_mesh=sample, overlap="one_step")[1]
     assert [lasting(m) for m in both] == [lasting(m) for m in ahead]
     assert [lasting(m) for m in ahead] != [lasting(m) for m in turns]
+
+
+def test_on_another_mesh_of_the_same_devices_the_answers_are_the_same(tmp_path):
+    """What goes there (an adapter, beside a base that is sent once) has that mesh's split, and answers come back with
+    the trainer's."""
+    train = make_mesh(MeshConfig(1, 4, 2))
+    sample = reshaped(train, MeshConfig(4, 1, 2))
+    here = learn(tmp_path / "here", mesh=train, lora=True, steps=2)[1]
+    there = learn(tmp_path / "there", mesh=train, sampling_mesh=sample, lora=True, steps=2)[1]
+    for a, b in zip(there, here, strict=True):
+        np.testing.assert_allclose(list(lasting(a).values()), list(lasting(b).values()), rtol=1e-4, atol=1e-5)
+    with jax.set_mesh(train):
+        sampler = Sampler(MODEL, Letters(), train, SamplingConfig(max_new_tokens=6), 4)  # type: ignore[arg-type]
+        drawing = online.Drawing(sampler, train, sample, AXES)
+        params = placed(train, lm_params())
+        sent = drawing.whole(params, None)
+        drawn = drawing.back(drawing(sent, IDS[:8], jax.random.key(0), 1))
+        assert_close(sent, params)
+    assert sent["layers"]["mlp"]["gate"].sharding.shard_shape((2, 16, 24)) == (2, 16, 12)
+    assert params["layers"]["mlp"]["gate"].sharding.shard_shape((2, 16, 24)) == (2, 4, 12)
+    assert drawn.tokens.sharding.is_equivalent_to(batch_sharding(train), 2)
 
 
 def test_an_adapter_is_sent_without_its_base(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_bytes_are_those_of_arrays_on_devices(config):
 
 def test_a_thousand_devices_need_not_be_there():
     mesh = abstract_mesh(MeshConfig(-1, 2, 2), 1024)
-    assert dict(mesh.shape) == {"data": 256, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 256, "fsdp": 2, "expert": 1, "sequence": 1, "tensor": 2}
     embedding = next(row for row in placed(MODEL, mesh) if row.name == "embed/embedding")
     assert embedding.bytes_each * 4 == embedding.bytes
     assert "/ tensor x" in embedding.split

@@ -64,7 +64,7 @@ def test_sigusr1_asks(monkeypatch):
     asked = []
     monkeypatch.setattr(profiling.PROFILING, "ask", lambda: asked.append(True))
     before = signal.getsignal(signal.SIGUSR1)
-    with cli._trace_on_sigusr1(None):
+    with cli._trace_on_sigusr1():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert asked == [True]
     assert signal.getsignal(signal.SIGUSR1) == before

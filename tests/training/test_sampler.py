@@ -43,7 +43,7 @@ def test_the_slots_are_those_of_the_platform_which_is_compiled_for(monkeypatch, 
     monkeypatch.setattr(evaluation, "rollout", lambda *args, **_: given.append(args[6]))
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     device = AbstractDevice(device_kind=platform, num_cores=None, platform=platform)
-    there = AbstractMesh((2, 1, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    there = AbstractMesh((2, 1, 1, 1, 1), MESH_AXES, (AxisType.Auto,) * 5, abstract_device=device)
     few, many = sampler(mesh, slots=7), sampler(mesh)
     with use_abstract_mesh(there):
         for one in (few, many):

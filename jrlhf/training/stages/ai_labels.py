@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jrlhf import hosts
 from jrlhf.config import (
     PREFERENCES,
     REWARD_MODEL,
-    STOP,
-    Preempted,
     Source,
     StageContext,
     UserError,
@@ -107,8 +106,7 @@ class AILabels(MeshStage):
         parts, total = [], len(pairs.row)
         with progress(ctx.console, total, f"{ctx.name}: judging") as bar:
             for start in range(0, total, AT_ONCE):
-                if STOP.requested and jax.process_count() == 1:
-                    raise Preempted(f"{start} of {total} pairs are judged")
+                hosts.heed_stop(f"{start} of {total} pairs are judged")
                 some = [p[start : start + AT_ONCE].tolist() for p in pairs]
                 asked = [prompt_text(rows[n]["prompt"]) for n in some[0]]
                 first, second = ([text(n, k) for n, k in zip(some[0], ks, strict=True)] for ks in some[1:])

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from jrlhf import hosts
 from jrlhf.config import (
     LANGUAGE_MODEL,
     MeshConfig,
@@ -20,7 +21,7 @@ from jrlhf.config import (
     stage_ref,
 )
 from jrlhf.metrics import progress
-from jrlhf.models.attention import LANES, attention_implementation
+from jrlhf.models.attention import LANES, attention_implementation, check_heads
 from jrlhf.models.config import LoRAConfig, ModelConfig
 from jrlhf.models.packed import window_spans
 from jrlhf.models.transformer import Model
@@ -62,6 +63,22 @@ class ModelStage(MeshStage):
         """Whether `model_config` has to fetch something from a server."""
         return False
 
+    def device_mesh(self, config: MeshConfig) -> Mesh:
+        """The mesh on which the model is trained."""
+        return make_mesh(config)
+
+    def check_model(self, mesh: MeshConfig, stages: Mapping[str, Stage]) -> None:
+        if mesh.expert == mesh.sequence == 1 or self.needs_download(stages):
+            return
+        devices, config = self.device_mesh(mesh), self.model_config(stages)
+        check_axes(devices, config)
+        # (A dense reward model beside a policy with experts has its rows split over the axis, and nothing else.)
+        if devices.shape["expert"] > 1 and not any(_has_experts(stage, stages) for stage in stages.values()):
+            raise UserError(
+                f"mesh.expert {devices.shape['expert']}: no model of this experiment has experts (model.moe); use "
+                "mesh.fsdp or mesh.data"
+            )
+
 
 @dataclass(frozen=True)
 class TrainingStage(ModelStage):
@@ -72,7 +89,7 @@ class TrainingStage(ModelStage):
     loop: LoopConfig = field(kw_only=True)
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        devices = make_mesh(mesh)
+        devices = self.device_mesh(mesh)
         check_batch(devices, self.loop.batch_size, "loop.batch_size")
         self.check_offload(devices)
 
@@ -175,6 +192,22 @@ def check_answers(start: str, stages: Mapping[str, Stage], sampling: SamplingCon
         )
 
 
+def check_axes(mesh: Mesh, config: ModelConfig) -> None:
+    """UserError where the model's heads or experts do not divide over the mesh."""
+    check_heads(config.n_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    if config.moe.experts % mesh.shape["expert"]:
+        raise UserError(
+            f"mesh.expert {mesh.shape['expert']}: model.moe.experts {config.moe.experts} is not divisible by it"
+        )
+
+
+def _has_experts(stage: Stage, stages: Mapping[str, Stage]) -> bool:
+    """Whether it is known that the stage's model has experts."""
+    if not isinstance(stage, ModelStage):
+        return False
+    return stage.needs_download(stages) or stage.model_config(stages).moe.experts > 0
+
+
 def check_attention(mesh: Mesh, config: ModelConfig) -> None:
     """That the devices have the kernel that the model names."""
     with jax.set_mesh(mesh):
@@ -233,8 +266,16 @@ def sample_answers(
     rows, ids = usable_prompts(policy, stage.prompts, limit, stage.sampling, stage.too_long, ctx, "prompts")
     check_all(rewards)(rows)
     sampler = Sampler(policy.model, policy.tokenizer, make_mesh(ctx.mesh), stage.sampling, prompt_slots(ids))
-    with progress(ctx.console, len(ids) * n, f"{ctx.name}: sampling") as bar:
-        samples = sampler.sample(policy.params, ids, stage_key(ctx), bar.update, group=n)
+    total = len(ids) * n
+    with progress(ctx.console, total, f"{ctx.name}: sampling") as bar:
+
+        def drawn(done: int) -> None:
+            bar.update(done)
+            hosts.WATCH.moved(what := f"{done} of {total} answers are drawn")
+            if done < total:
+                hosts.heed_stop(what)
+
+        samples = sampler.sample(policy.params, ids, stage_key(ctx), drawn, group=n)
     texts = read_texts(samples, [row for row in rows for _ in range(n)], policy.tokenizer)
     return Sampled(rows, ids, samples, texts)
 

@@ -33,6 +33,7 @@ from jrlhf.training.offline import train_offline
 from jrlhf.training.stages.alignment import AlignmentStage
 from jrlhf.training.stages.common import check_length, check_packing, start_config
 from jrlhf.training.stages.preferences import preference_plan, preference_rows, with_references
+from jrlhf.training.utilisation import Pass, flops_of_passes, peak_flops
 from jrlhf.types import PairBatch, PreferenceBatch, RankedBatch
 
 
@@ -129,9 +130,13 @@ class DirectAlignment(AlignmentStage):
             if self.packing:
                 parts = self.algorithm.microbatches
                 batches = PackedFeed(batch, self.loop.batch_size, ctx.seed, mesh, steps, parts)
+            passes = [Pass(trained)]
+            if self.algorithm.reference_scored == "on_the_fly":
+                passes.append(Pass(trained.base, trained=False))
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (beginning.trained, policy.params, key),
                 trained.logical_axes(), batches, evaluate, ("pref/loss", "pref/acc"),
+                flops=partial(flops_of_passes, passes), peak=peak_flops(mesh, trained),
             )  # fmt: skip
             params = save_trained(
                 ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start]

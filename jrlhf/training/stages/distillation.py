@@ -24,7 +24,7 @@ from jrlhf.sharding import make_mesh
 from jrlhf.training.artifacts import begin, load_model, save_trained
 from jrlhf.training.data import BatchFeed, demonstration_batch, in_chunks, prompt_ids, rows_of
 from jrlhf.training.evaluation import Sampler, chunk_rows, in_rows, prompt_slots
-from jrlhf.training.loop import guarded, sharded_state, stage_key, train
+from jrlhf.training.loop import Phases, guarded, sharded_state, stage_key, train
 from jrlhf.training.stages.common import (
     FineTuningStage,
     TooLong,
@@ -36,6 +36,7 @@ from jrlhf.training.stages.common import (
 )
 from jrlhf.training.stages.language_model import Checkpoint, Pretrain, hold_out
 from jrlhf.training.stages.sizes import at_most, check_kind, count_rows, training_plan
+from jrlhf.training.utilisation import Pass, StepFlops, counted, flops_of_passes, peak_flops, sampled_flops
 from jrlhf.types import Rollout, SequenceBatch, TrainState
 
 
@@ -145,15 +146,18 @@ class Distill(FineTuningStage):
                     metrics |= on_policy_kl(*compared, samples, mesh)
                 return metrics
 
-            step = jax.jit(guarded(algorithm.train_step, self.loop), donate_argnums=0)
+            passes = (Pass(model), Pass(teacher.model, trained=False))
+            counting = counted(algorithm.train_step, partial(flops_of_passes, passes))
+            step = jax.jit(guarded(counting, self.loop), donate_argnums=0)
             do_step = self._step(
                 ctx.seed, steps, algorithm, step, fixed, feed, samplers.get("prompts"), key, beginning
             )
             measured = held is not None or bool(self.eval_prompts)
             try:
                 state = train(
-                    ctx, self.loop, steps, template, make_state, do_step, evaluate if measured else None
-                )
+                    ctx, self.loop, steps, template, make_state, do_step, evaluate if measured else None,
+                    peak=peak_flops(mesh, model, teacher.model),
+                )  # fmt: skip
             finally:
                 if feed is not None:
                     feed.close()
@@ -179,9 +183,13 @@ class Distill(FineTuningStage):
         if asked is not None:
             sampler, ids = asked
             batches = Batches(len(ids), self.loop.batch_size, seed)
+            drawn = jax.jit(
+                lambda samples, flops: sampled_flops(sampler.model, samples).plus(flops).metrics()
+            )
 
         def do_step(state: TrainState, n: int, finish: Callable[[], None]):
             extra: dict[str, Any] = {"distill/on_policy": float(own[n])}
+            phases = Phases(self.loop, n, state, finish)
             if own[n]:
                 prompts = [ids[i] for i in batches.indices(int(before[n]))]
                 policy = sampler.model.whole(state.params["policy"], beginning.frozen)
@@ -191,10 +199,17 @@ class Distill(FineTuningStage):
                 lengths = jnp.sum(samples.response_mask, axis=1, dtype=jnp.float32)
                 extra["rollout/len_mean"] = jnp.mean(lengths)
                 extra["rollout/eos_rate"] = jnp.mean(samples.ended, dtype=jnp.float32)
+                phases.end("rollout", batch)
             else:
                 batch = feed(n - int(before[n]))
+                phases.end("data", batch)
             state, metrics = step(state, fixed, batch)
-            return state, metrics | extra, batch
+            phases.end("update", (state, metrics))
+            if own[n]:
+                metrics |= drawn(
+                    samples, StepFlops(metrics["perf/model_flops"], metrics["perf/hardware_flops"])
+                )
+            return state, metrics | extra | phases.metrics, batch
 
         return do_step
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from jrlhf import hosts
 from jrlhf.config import (
     BEST_OF_N,
     EVALUATION,
@@ -132,6 +133,7 @@ class Evaluate(MeshStage):
             done = 0
             with progress(ctx.console, total, f"{ctx.name}: sampling") as bar:
                 for name in self.policies:
+                    hosts.heed_stop(f"{done} of {total} answers are drawn")
                     policy = load_model(ctx.parents[name], mesh)
                     sampler = Sampler(policy.model, policy.tokenizer, mesh, self.sampling, slots)
                     measured[name], criteria[name] = {"splits": {}}, {}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from jrlhf import hosts
 from jrlhf.config import DEMONSTRATIONS, LANGUAGE_MODEL, PROMPTS, Source, StageContext, UserError, stage_ref
 from jrlhf.data.chat import prompt_text
 from jrlhf.data.curation import BEYOND_TEXT, few_shot, is_unfinished, parse_tasks, rouge_l, task_fault, words
@@ -156,6 +157,7 @@ class SelfInstruct(MeshStage):
         made: list[dict] = []
         counts = dict.fromkeys(("replies", "tasks", *FAULTS), 0)
         for number in range(self.rounds):
+            hosts.heed_stop(f"{number} of {self.rounds} rounds are done")
             rng = np.random.default_rng([seed, number])
             asked = [few_shot(self._shown(seeds, made, rng)) for _ in range(self.requests)]
             replies = writer.write(asked, int(rng.integers(2**31)))

@@ -74,6 +74,7 @@ from jrlhf.training.stages.sizes import (
     tokenizer_of,
     training_plan,
 )
+from jrlhf.training.utilisation import Pass, flops_of_passes, peak_flops
 from jrlhf.types import Plan, SequenceBatch
 
 
@@ -350,8 +351,9 @@ def train_language_model(
     )
     evaluate = lambda state, step: {"eval/loss": final_loss(model, whole(state), held, mesh)}  # noqa: E731
     state = train_offline(
-        ctx, mesh, stage.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), feed, evaluate
-    )
+        ctx, mesh, stage.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), feed, evaluate,
+        flops=partial(flops_of_passes, (Pass(model),)), peak=peak_flops(mesh, model),
+    )  # fmt: skip
     return state.params["policy"]
 
 

@@ -27,7 +27,7 @@ from jrlhf.models.transformer import Model, with_scalar_head
 from jrlhf.ops.on_policy import OnPolicyConfig
 from jrlhf.optim import OptimConfig, build_optimizer
 from jrlhf.rollout.sampling import SamplingConfig
-from jrlhf.sharding import batch_ways, check_batch, make_mesh
+from jrlhf.sharding import batch_shards, batch_ways, check_batch, make_mesh, reshaped
 from jrlhf.training.artifacts import Beginning, Loaded, begin, load_adapter, load_model, save_trained
 from jrlhf.training.data import text_batch
 from jrlhf.training.evaluation import Probe, Sampler, prompt_slots
@@ -40,6 +40,7 @@ from jrlhf.training.stages.common import (
     ModelStage,
     TooLongPrompt,
     check_answers,
+    check_axes,
     check_reward,
     fixed_reference,
     labelled,
@@ -58,6 +59,7 @@ class Learner(NamedTuple):
     start: tuple  # arguments of its init
     axes: dict  # logical axes of the models in its state
     text: Any = None  # arrays of pretraining text
+    critic: Model | None = None  # where it is a model of its own
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class RolloutStage(FineTuningStage):
     overlap: Overlap = "none"
     # So many of the devices, the last ones, only sample; the mesh is one of the others. 0: all take turns.
     rollout_devices: int = no_fingerprint(0)
+    # The mesh of all devices while they sample, where it is to be another one: weights are split anew each time.
+    rollout_mesh: MeshConfig | None = no_fingerprint(None)
 
     def learner(
         self, ctx: StageContext, mesh: Mesh, policy: Loaded, beginning: Beginning, key: jax.Array, slots: int
@@ -151,6 +155,10 @@ class RolloutStage(FineTuningStage):
         algorithm = self.algorithm
         if self.rollout_devices < 0:
             raise UserError(f"rollout_devices must be zero or more, got {self.rollout_devices}")
+        if self.rollout_devices and self.rollout_mesh:
+            raise UserError(
+                "rollout_devices sample on a mesh of their own, and rollout_mesh is of all devices: use one of them"
+            )
         if self.overlap == "none":
             return
         if algorithm.resample_rounds:
@@ -170,7 +178,7 @@ class RolloutStage(FineTuningStage):
         return fixed_reference(self)
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        devices, _ = self._meshes(mesh)
+        devices = self.device_mesh(mesh)
         self.check_offload(devices)
         self._check_microbatches(devices)
 
@@ -187,17 +195,36 @@ class RolloutStage(FineTuningStage):
         raise UserError(
             f"algorithm.microbatches {algorithm.microbatches}: {rows} {what} of each (loop.batch_size "
             f"{self.loop.batch_size}, algorithm.minibatches {algorithm.minibatches}) do not divide over the mesh's "
-            f"{ways} batch shards (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}). Use {fitting}, or another "
-            "loop.batch_size."
+            f"{ways} batch shards ({batch_shards(mesh)}). Use {fitting}, or another loop.batch_size."
         )
 
+    def device_mesh(self, config: MeshConfig) -> Mesh:
+        return self._meshes(config)[0]
+
+    def check_model(self, mesh: MeshConfig, stages) -> None:
+        super().check_model(mesh, stages)
+        if self.rollout_mesh is not None and not self.needs_download(stages):
+            sampling = self._meshes(mesh)[1]
+            assert sampling is not None
+            try:
+                check_axes(sampling, self.model_config(stages))
+            except UserError as e:
+                raise UserError(f"rollout_mesh: {e}") from e
+
     def _meshes(self, config: MeshConfig) -> tuple[Mesh, Mesh | None]:
-        """(the mesh that trains, the one that only samples or None)"""
+        """(the mesh that trains, the one that samples or None where it is the same)"""
         n, devices = self.rollout_devices, jax.devices()
         if not n:
             mesh = make_mesh(config)
             check_batch(mesh, self.loop.batch_size, "loop.batch_size")
-            return mesh, None
+            if self.rollout_mesh is None:
+                return mesh, None
+            try:
+                sampling = reshaped(mesh, self.rollout_mesh)
+                check_batch(sampling, self.loop.batch_size, "loop.batch_size")
+            except UserError as e:
+                raise UserError(f"rollout_mesh: {e}") from e
+            return mesh, sampling
         if jax.process_count() > 1:
             raise UserError("rollout_devices is only possible with one process; leave it 0")
         if n >= len(devices):
@@ -263,7 +290,7 @@ class RolloutStage(FineTuningStage):
                 ctx, mesh, self.loop, self.algorithm, learner.algorithm, learner.start, learner.axes, sampler,
                 rows, ids, reward, watch, jax.random.fold_in(key, 3), learner.text, evaluate,
                 (shown, *(f"reward/{w.name}/mean" for w in watch), "kl/ref_k1"),
-                monitor, self.curriculum, self.overlap, sampling_mesh,
+                monitor, self.curriculum, self.overlap, sampling_mesh, learner.critic,
             )  # fmt: skip
             save_trained(ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start])
         return {"kl_coef": float(state.extra["kl_coef"])} | monitor.results()
@@ -308,11 +335,14 @@ class OnPolicy(RolloutStage):
             )
         super().validate(stages)
 
-    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
+    def build(self, model: Model) -> Algorithm:
         make = FROM_ROLLOUTS[type(self.algorithm)]
         optimizer = build_optimizer(self.optim, self.updates)
-        algorithm = make(self.algorithm, beginning.model, optimizer, self.sampling.temperature)
-        return Learner(algorithm, (beginning.trained, policy.params, key), beginning.model.logical_axes())
+        return make(self.algorithm, model, optimizer, self.sampling.temperature)
+
+    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
+        start = (beginning.trained, policy.params, key)
+        return Learner(self.build(beginning.model), start, beginning.model.logical_axes())
 
 
 @dataclass(frozen=True)
@@ -356,23 +386,29 @@ class PPO(RolloutStage):
         critic = 0 if self.critic == "shared" else trained_bytes(config, self.lora)  # trained like the policy
         return replace(plan, memory_bytes=plan.memory_bytes + critic)
 
-    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
-        model = beginning.model
-        critic_model, critic_params = self._critic(ctx, mesh, policy, jax.random.fold_in(key, 1))
+    def build(self, model: Model, critic: Model | None) -> Algorithm:
+        """critic None: a head on the policy's trunk."""
         language_loss: Callable | None = (lambda p, b, n: sft_loss(model, p, b, n)[0]) if self.ptx else None
-        algorithm = make_ppo(
+        return make_ppo(
             self.algorithm,
-            actor_critic(model, critic_model, language_loss),
+            actor_critic(model, critic, language_loss),
             build_optimizer(self.optim, self.updates),
             build_optimizer(self.critic_optim, self.updates),
             self.sampling.temperature,
         )
+
+    def learner(self, ctx, mesh, policy, beginning, key, slots) -> Learner:
+        model = beginning.model
+        critic_model, critic_params = self._critic(ctx, mesh, policy, jax.random.fold_in(key, 1))
+        algorithm = self.build(model, critic_model)
         text = None
         if self.ptx:
             length = slots + self.sampling.max_new_tokens
             text = text_batch(self.ptx, policy.tokenizer, length, labelled(ctx.console, "ptx"))
         axes = model.logical_axes() | Model(model.config, "scalar").logical_axes()
-        return Learner(algorithm, (beginning.trained, critic_params, policy.params, key), axes, text)
+        return Learner(
+            algorithm, (beginning.trained, critic_params, policy.params, key), axes, text, critic_model
+        )
 
     def _critic(self, ctx: StageContext, mesh: Mesh, policy: Loaded, key) -> tuple[Model | None, Any]:
         if self.critic == "shared":

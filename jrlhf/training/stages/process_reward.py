@@ -41,6 +41,7 @@ from jrlhf.training.stages.sizes import (
     training_plan,
 )
 from jrlhf.training.stages.step_labels import stored_steps
+from jrlhf.training.utilisation import Pass, flops_of_passes, peak_flops
 from jrlhf.types import StepBatch
 
 
@@ -132,6 +133,7 @@ class ProcessRewardModel(FineTuningStage):
                 ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), arrays,
                 evaluate,
                 ("rm/loss", "rm/step_acc"),
+                flops=partial(flops_of_passes, (Pass(model),)), peak=peak_flops(mesh, model),
             )  # fmt: skip
             found = step_accuracy(all_logits(model, whole(state), held, mesh), held)
             save_trained(

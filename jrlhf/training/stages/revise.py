@@ -8,13 +8,12 @@ from typing import ClassVar
 import jax
 import numpy as np
 
+from jrlhf import hosts
 from jrlhf.config import (
     DEMONSTRATIONS,
     LANGUAGE_MODEL,
     PREFERENCES,
-    STOP,
     MeshConfig,
-    Preempted,
     Source,
     StageContext,
     UserError,
@@ -116,8 +115,7 @@ class Revise(AskingStage):
             traces = [{"prompt": row["prompt"], "answers": [a], "critiques": [], "principles": []}
                       for row, a in zip(rows, answers, strict=True)]  # fmt: skip
             for r in range(self.rounds):
-                if STOP.requested and jax.process_count() == 1:
-                    raise Preempted(f"round {r} of {self.rounds} is done")
+                hosts.heed_stop(f"{r} of {self.rounds} rounds are done")
                 self._revise(writer, asked, traces, principles, r, ctx)
         whole = [t for t in traces if t["answers"][-1] is not None]
         if not whole:
@@ -228,8 +226,7 @@ class PrincipleLabels(AskingStage):
             for p, principle in enumerate(principles):
                 mine = np.flatnonzero(which == p)
                 for some in np.split(mine, range(AT_ONCE, len(mine), AT_ONCE)):
-                    if STOP.requested and jax.process_count() == 1:
-                        raise Preempted(f"{done} of {len(which)} pairs are judged")
+                    hosts.heed_stop(f"{done} of {len(which)} pairs are judged")
                     if len(some):
                         self._compare(judge, principle, rows, pairs, some, said)
                     done += len(some)

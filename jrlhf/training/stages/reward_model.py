@@ -66,6 +66,7 @@ from jrlhf.training.stages.common import (
     start_config,
 )
 from jrlhf.training.stages.preferences import check_one_of, preference_plan, preference_rows
+from jrlhf.training.utilisation import Pass, flops_of_passes, peak_flops
 from jrlhf.types import Array, PreferenceBatch
 
 
@@ -168,6 +169,7 @@ class RewardModel(FineTuningStage):
                 ctx, mesh, self.loop, steps, algorithm, (start, key, frozen), model.logical_axes(), batches,
                 evaluate,
                 ("rm/loss", "rm/acc"),
+                flops=partial(flops_of_passes, (Pass(model),)), peak=peak_flops(mesh, model),
             )  # fmt: skip
             params = whole(state)
             scores = all_scores(model, params, held, mesh, self.packing)

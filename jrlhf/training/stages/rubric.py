@@ -10,13 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jrlhf.training.lab_judges  # noqa: F401  # so that a config.json may name its judge
+from jrlhf import hosts
 from jrlhf.config import (
     LANGUAGE_MODEL,
     PREFERENCES,
     REWARD_MODEL,
-    STOP,
     MeshConfig,
-    Preempted,
     Source,
     StageContext,
     UserError,
@@ -193,8 +192,7 @@ class RubricLabels(MeshStage):
         with jax.set_mesh(mesh), progress(ctx.console, len(rows), f"{ctx.name}: judging") as bar:
             scorer = rubric_scorer(self.rubric, noted, folder, mesh, ctx.folder / ANSWERS)
             while len(out) < len(rows):
-                if STOP.requested and jax.process_count() == 1:
-                    raise Preempted(f"{len(out)} of {len(rows)} rows are judged")
+                hosts.heed_stop(f"{len(out)} of {len(rows)} rows are judged")
                 some = rows[len(out) : len(out) + AT_ONCE]
                 said = self._scores(scorer, some)
                 failed += 0 if said.failed is None else int(np.sum(said.failed))

@@ -34,6 +34,7 @@ from jrlhf.training.stages.sizes import (
     local_rows,
     training_plan,
 )
+from jrlhf.training.utilisation import Pass, StepFlops, flops_of_passes, peak_flops
 from jrlhf.types import AnswerBatch, UnpairedBatch
 
 
@@ -112,11 +113,24 @@ class UnpairedAlignment(AlignmentStage):
                 return metrics | probe(params, step)
 
             steps = self.loop.total_steps(rows_of(answers))
+            reference = (
+                (Pass(trained.base, trained=False),) if self.algorithm.reference == "on_the_fly" else ()
+            )
+
+            def flops(batch: UnpairedBatch) -> StepFlops:
+                learned = flops_of_passes((Pass(trained), *reference), batch.answers)
+                # The shift is measured before the update, on the mismatched answers where the algorithm has them.
+                before = (Pass(trained, trained=False),)
+                if batch.mismatched is None:
+                    return learned.plus(flops_of_passes(before, batch.answers))
+                return learned.plus(flops_of_passes((*before, *reference), batch.mismatched))
+
             optimizer = build_optimizer(self.optim, steps)
             algorithm = FROM_LABELS[type(self.algorithm)](self.algorithm, trained, optimizer)
             state = train_offline(
                 ctx, mesh, self.loop, steps, algorithm, (beginning.trained, policy.params, key),
                 trained.logical_axes(), answers, evaluate, ("pref/loss", "pref/label_acc"),
+                flops=flops, peak=peak_flops(mesh, trained),
             )  # fmt: skip
             params = save_trained(
                 ctx.folder, beginning, state.params["policy"], tokenizer, ctx.parents[self.start]
