@@ -54,11 +54,24 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     # Auto: the partitioner completes the constraints that the model gives at layer boundaries.
     types = (AxisType.Auto,) * len(MESH_AXES)
     if len(slices) == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+        return Mesh(_arranged(sizes, devices), MESH_AXES, axis_types=types)
     axis = MESH_AXES.index(_crossing(sizes, len(slices)))
     within = [n // len(slices) if i == axis else n for i, n in enumerate(sizes)]
-    parts = [jax.make_mesh(within, MESH_AXES, axis_types=types, devices=part).devices for part in slices]
+    parts = [_arranged(within, part) for part in slices]
     return Mesh(np.concatenate(parts, axis=axis), MESH_AXES, axis_types=types)
+
+
+def _arranged(sizes: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in an array of this shape, neighbours in it near one another. UserError where their torus has no such."""
+    try:
+        return jax.make_mesh(
+            tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+        ).devices
+    except NotImplementedError as error:
+        raise UserError(
+            f"mesh: {shown(sizes)} does not fit the torus of these {devices[0].device_kind} chips. Each axis must be a "
+            f"product of whole physical axes ({str(error).split('.')[0]}); take other sizes"
+        ) from error
 
 
 def reshaped(mesh: Mesh, config: MeshConfig) -> Mesh:

@@ -279,6 +279,7 @@ class Drawing:
         self.sharding = replicated(sampling_mesh) if sampling_mesh and self.away else batch_sharding(mesh)
         self._place = jax.jit(lambda x: x, out_shardings=self.sharding)
         self._split = jax.jit(lambda x: x, out_shardings=batch_sharding(mesh))
+        self._key = jax.jit(lambda x: x, out_shardings=replicated(sampling_mesh or mesh))
 
     def whole(self, trained: Params, frozen: Params | None) -> Params:
         """Parameters of the policy, where it samples."""
@@ -307,8 +308,8 @@ class Drawing:
         sampler = self._greedy if greedy else self._sampler
         if self._to is None:
             return self._place(sampler.draw(params, prompts, key, group))
+        key = jax.device_put(key, replicated(self._to)) if self.away else self._key(key)
         with jax.set_mesh(self._to):
-            key = jax.device_put(key, replicated(self._to))
             return self._place(sampler.draw(params, prompts, key, group))
 
     def back(self, drawn: Rollout) -> Rollout:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,7 +314,7 @@ def search(
     found: dict[tuple[str, ...], Tried] = {}
     rank = lambda t: (bool(t.refused), not t.fits, t.seconds if t.fits else t.needed)  # noqa: E731
     waiting = [Change((), mesh, stages)]
-    while waiting and len(found) < tries:
+    while waiting and sum(not t.refused for t in found.values()) < tries:
         change = waiting.pop(0)
         if change.options in found:
             continue
@@ -381,18 +382,16 @@ def neighbours(name: str, tried: Tried, devices: Sequence[jax.Device]) -> Iterat
 
 
 def meshes(change: Change, devices: int, variant: Callable[..., Change]) -> Iterator[Change]:
-    """Meshes in which one axis is twice, or half, as long at the cost of another."""
-    axes = [axis for axis in ("data", "fsdp", "tensor")]
+    """Meshes in which one axis is two or four times as long at the cost of another. (Not all suit a torus.)"""
     sizes = dict(zip(MESH_AXES, mesh_sizes(change.mesh, devices), strict=True))
-    for grown in ("fsdp", "tensor", "data"):
-        for shrunk in axes:
-            if shrunk != grown and sizes[shrunk] % 2 == 0:
-                new = {**sizes, grown: 2 * sizes[grown], shrunk: sizes[shrunk] // 2}
-                made = replace(change.mesh, **new)
-                first = variant(f"--mesh.{grown}", new[grown], mesh=made)
-                given = dict(zip(first.options[::2], first.options[1::2], strict=True))
-                given |= {f"--mesh.{axis}": str(n) for axis, n in new.items() if n > 1 or sizes[axis] > 1}
-                yield first._replace(options=tuple(x for pair in sorted(given.items()) for x in pair))
+    for grown, shrunk, factor in product(("fsdp", "tensor", "data"), ("data", "fsdp", "tensor"), (2, 4)):
+        if shrunk == grown or sizes[shrunk] % factor:
+            continue
+        new = {**sizes, grown: factor * sizes[grown], shrunk: sizes[shrunk] // factor}
+        first = variant(f"--mesh.{grown}", new[grown], mesh=replace(change.mesh, **new))
+        given = dict(zip(first.options[::2], first.options[1::2], strict=True))
+        given |= {f"--mesh.{axis}": str(n) for axis, n in new.items() if n > 1 or sizes[axis] > 1}
+        yield first._replace(options=tuple(x for pair in sorted(given.items()) for x in pair))
 
 
 def root_of(name: str, stages: Mapping[str, Stage]) -> tuple[tuple[str, Stage], ModelConfig]:

@@ -17,7 +17,6 @@ from jrlhf.algorithms.gspo import GSPOConfig
 from jrlhf.algorithms.online_dpo import OnlineDPOConfig
 from jrlhf.algorithms.ppo import PPOConfig, actor_critic, make_ppo
 from jrlhf.algorithms.reinforce import REINFORCEConfig
-from jrlhf.algorithms.rloo import RLOOConfig
 from jrlhf.config import UserError
 from jrlhf.optim import Optimizer
 from jrlhf.sharding import make_mesh, put_batch, state_shardings
@@ -90,9 +89,7 @@ def step(config, lengths=SKEWED, mesh=None):
 CONFIGS = {
     "ppo": PPOConfig(epochs=2, minibatches=2, microbatches=2),
     "grpo that shares prompts": GRPOConfig(group_size=G, microbatches=2, share_prompts=True, entropy_coef=0.01),
-    "rloo": RLOOConfig(group_size=G),
-    "full kl": GRPOConfig(group_size=G, kl="full", microbatches=2),
-    "adaptive beta": GRPOConfig(group_size=G, kl="reward", target_kl=1.0, kl_horizon=20, microbatches=2, minibatches=2),
+    "full kl": GRPOConfig(group_size=G, kl="full"),
     "a divisor of all slots": DrGRPOConfig(group_size=G, beta=0.01, kl="k2", kl_level="sequence", microbatches=4),
     "answers that ended": GSPOConfig(group_size=G, microbatches=4, minibatches=1, mask_truncated=True),
     "pairs": OnlineDPOConfig(group_size=G, microbatches=2),
@@ -109,10 +106,10 @@ def test_what_is_left_out_changes_no_step(config):
     assert_close(found.state.extra, whole.state.extra)
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo that shares prompts"])
-def test_nor_does_it_on_a_mesh(name):
-    batch, whole = step(CONFIGS[name])
-    same, found = step(replace(CONFIGS[name], length_buckets=2), mesh="all")
+def test_nor_does_it_on_a_mesh():
+    config = CONFIGS["grpo that shares prompts"]
+    batch, whole = step(config)
+    same, found = step(replace(config, length_buckets=2), mesh="all")
     assert_close(same, batch, atol=2e-5)
     metrics = {name: whole.metrics[name] for name in found.metrics}  # those of the batch were just compared
     assert_close((found.metrics, found.gradient), (metrics, whole.gradient), atol=2e-5)
