@@ -212,7 +212,11 @@ class Walk:
             for called in instruction.called("to_apply", "calls"):
                 cost.add(self.cost(called))
             return cost
-        if opcode in FREE or opcode.endswith(("-done", "-update")):
+        if (
+            opcode in FREE
+            or opcode.endswith(("-done", "-update"))
+            or '"AllocateBuffer"' in instruction.attributes
+        ):
             return cost
         if collective_of(instruction):
             moved = self._collective(instruction, named)
@@ -270,42 +274,49 @@ class Walk:
 
     def _fusion_bytes(self, fusion: Instruction, called: str, named: Mapping[str, Instruction]) -> float:
         """What a fusion reads and writes. An argument of which it takes slices is read as far as they go, and one that
-        it updates in place only where it does."""
-        inside = self.module.computations[called]
-        users: dict[str, list[Instruction]] = {}
-        for inner in inside:
-            for operand in inner.operands:
-                users.setdefault(operand, []).append(inner)
-        here = {inner.name: inner for inner in inside}
-        total, updated = 0.0, 0.0
-        for inner in inside:
-            if inner.opcode == "dynamic-update-slice" and inner.operands[1] in here:
-                updated += sum(s.bytes for s in inner.shapes) - sum(
-                    s.bytes for s in here[inner.operands[1]].shapes
-                )
-            if inner.opcode != "parameter":
+        it updates in place is written only where it does."""
+        total = 0.0
+        for inner in self.module.computations[called]:
+            if inner.opcode == "parameter":
+                argument = named.get(fusion.operands[int(inner.inside)])
+                whole = argument.hbm if argument is not None else inner.hbm
+                total += min(whole, self._read(called, inner.name, whole)) if whole else 0.0
+        return total + (self._results(called) if fusion.hbm else 0.0)
+
+    def _read(self, computation: str, name: str, whole: float) -> float:
+        """Bytes of a value, of `whole`, that a fused computation reads."""
+        total, instructions = 0.0, self.module.computations[computation]
+        if instructions[-1].name == name:
+            return whole  # it is handed on
+        for use in instructions:
+            if name not in use.operands:
                 continue
-            argument = named.get(fusion.operands[int(inner.inside)])
-            whole = argument.hbm if argument is not None else inner.hbm
-            reads = users.get(inner.name, [])
-            if whole and reads and all(_part(use, inner.name) for use in reads):
-                whole = min(
-                    whole,
-                    sum(
-                        sum(s.bytes for s in use.shapes)
-                        for use in reads
-                        if use.opcode != "dynamic-update-slice"
-                    ),
-                )
-            total += whole
-        return total + max(fusion.hbm - updated, 0.0)
+            if use.opcode in ("dynamic-slice", "gather", "slice") and use.operands[0] == name:
+                total += _bytes(use)
+            elif use.opcode == "bitcast":
+                total += self._read(computation, use.name, whole)
+            elif use.opcode == "fusion":
+                (inside,) = use.called("calls")
+                for parameter in self.module.computations[inside]:
+                    if parameter.opcode == "parameter" and use.operands[int(parameter.inside)] == name:
+                        total += self._read(inside, parameter.name, whole)
+            elif not (use.opcode == "dynamic-update-slice" and use.operands[0] == name):
+                return whole
+        return total
 
-
-def _part(use: Instruction, name: str) -> bool:
-    """Whether an instruction needs only a part of its first operand."""
-    return (
-        use.opcode in ("dynamic-slice", "gather", "slice", "dynamic-update-slice") and use.operands[0] == name
-    )
+    def _results(self, computation: str, name: str = "") -> float:
+        """Bytes that a fused computation writes to HBM, for its last instruction or the one of this name."""
+        named = self.module.named(computation)
+        made = named[name] if name else self.module.computations[computation][-1]
+        if made.opcode == "tuple":
+            return sum(self._results(computation, o) for o in made.operands)
+        if made.opcode == "bitcast":
+            return self._results(computation, made.operands[0])
+        if made.opcode == "dynamic-update-slice":
+            return min(made.hbm, _bytes(named[made.operands[1]]))
+        if made.opcode == "fusion":
+            return min(made.hbm, self._results(made.called("calls")[0]))
+        return made.hbm
 
 
 def _bytes(instruction: Instruction) -> float:

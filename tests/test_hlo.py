@@ -112,3 +112,82 @@ def test_an_instruction_with_a_tuple_layouts_and_attributes():
     assert (found.name, found.opcode, found.operands) == ("while.5", "while", ("tuple.3",))
     assert [(s.dtype, s.dims, s.fast) for s in found.shapes] == [("s32", (), False), ("bf16", (4, 8), True)]
     assert found.called("body") == ["body.1"]
+
+
+NESTED = """HloModule m, is_scheduled=true
+
+%inner (p.0: bf16[32,64,64], p.1: s32[]) -> bf16[1,64,64] {
+  %p.0 = bf16[32,64,64]{2,1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,64,64]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,64,64}
+}
+
+%whole (q.0: bf16[64,64]) -> bf16[64,64] {
+  %q.0 = bf16[64,64]{1,0} parameter(0)
+  ROOT %same = bf16[64,64]{1,0} bitcast(%q.0)
+}
+
+%outer (a.0: bf16[32,64,64], a.1: s32[], a.2: bf16[64,64]) -> bf16[64,64] {
+  %a.0 = bf16[32,64,64]{2,1,0} parameter(0)
+  %a.1 = s32[] parameter(1)
+  %a.2 = bf16[64,64]{1,0} parameter(2)
+  %layer = bf16[1,64,64]{2,1,0} fusion(%a.0, %a.1), kind=kLoop, calls=%inner
+  %flat = bf16[64,64]{1,0} bitcast(%layer)
+  %other = bf16[64,64]{1,0} fusion(%a.2), kind=kLoop, calls=%whole
+  ROOT %dot = bf16[64,64]{1,0} dot(%flat, %other), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%condition (c: (s32[], bf16[64,64])) -> pred[] {
+  %c = (s32[], bf16[64,64]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %end = s32[] constant(32)
+  ROOT %less = pred[] compare(%n, %end), direction=LT
+}
+
+%body (b: (s32[], bf16[64,64])) -> (s32[], bf16[64,64]) {
+  %b = (s32[], bf16[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = bf16[64,64]{1,0} get-tuple-element(%b), index=1
+  %weights = bf16[32,64,64]{2,1,0} custom-call(), custom_call_target="AllocateBuffer", frontend_attributes={kernel={
+"told": "over several lines"
+}}
+  %y = bf16[64,64]{1,0} fusion(%weights, %i, %x), kind=kOutput, calls=%outer
+  ROOT %next = (s32[], bf16[64,64]{1,0}) tuple(%i, %y)
+}, execution_thread="main"
+
+ENTRY %main (x: (s32[], bf16[64,64])) -> (s32[], bf16[64,64]) {
+  %x.1 = (s32[], bf16[64,64]{1,0}) parameter(0)
+  ROOT %loop = (s32[], bf16[64,64]{1,0}) while(%x.1), condition=%condition, body=%body
+}
+"""
+
+
+def test_fusions_in_fusions_and_loops_that_only_their_condition_counts():
+    """Of the weights of 32 layers each turn reads those of one, and all of what is multiplied."""
+    module = Module(NESTED)
+    found = Walk(module, SLOW).cost()
+    one = 64 * 64 * 2
+    assert found.flops == 32 * 2 * 64**3
+    numbers = 4 + 9  # the layer's, and what the condition compares
+    assert found.bytes == 32 * (3 * one + numbers)  # the layer, the other, the result
+    assert not found.kernels
+
+
+def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
+    text = """HloModule m
+
+%all-reduce-scatter.1 (input: bf16[4096,64]) -> bf16[1024,64] {
+  %input = bf16[4096,64]{1,0} parameter(0)
+  %sum = bf16[4096,64]{1,0} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %part = bf16[1024,64]{1,0} slice(%sum), slice={[0:1024], [0:64]}
+}
+
+ENTRY %main (x: bf16[4096,64]) -> bf16[1024,64] {
+  %x = bf16[4096,64]{1,0} parameter(0)
+  ROOT %kept = bf16[1024,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (moved,) = Walk(Module(text), SLOW).cost().collectives
+    assert (moved.kind, moved.devices, moved.bytes) == ("reduce-scatter", 4, 4096 * 64 * 2)
+    assert moved.sent == 4096 * 64 * 2 * 3 / 4

@@ -27,7 +27,7 @@ data = os.environ.get("JRLHF_DATA", "data")
 llama = os.environ.get("LLAMA", "")
 hh = os.environ.get("HH_DATA", f"{data}/hh-harmless-base/pairs.jsonl")
 
-max_prompt, max_answer = (1024, 1024) if llama else (128, 32)
+max_prompt, max_answer = (1024, 1024) if llama else (256, 128)
 max_length = max_prompt + max_answer
 answers = SamplingConfig(max_new_tokens=max_answer)
 rows = 256 if llama else 16

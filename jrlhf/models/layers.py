@@ -45,9 +45,11 @@ def gathered(w: jax.Array, dtype: Any, *axes: str) -> jax.Array:
     """A weight as a matrix product uses it: in the compute dtype, whole along the axis that fsdp splits. Its gradient
     is split again at once, so that the devices sum only what each of them keeps.
 
-    Without this the partitioner may rather split the activations, and reshard them at every layer.
+    Without this the partitioner may rather split the activations, and reshard them at every layer. (On a mesh there is
+    no forward-mode derivative: the gradient's split is a rule of its own.)
     """
-    return _gathered(w, dtype, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    return w.astype(dtype) if mesh.empty or mesh.size == 1 else _gathered(w, dtype, axes)
 
 
 _gathered.defvjp(

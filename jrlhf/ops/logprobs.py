@@ -121,6 +121,14 @@ def _where_needed(needed: jax.Array, f: Callable[..., Any], *args: Any) -> Any:
     return jax.lax.cond(needed, f, zeros, *args)
 
 
+def _added_where(needed: jax.Array, added: Callable[..., Any], total: jax.Array) -> Any:
+    """`added(total) -> (total, results)`, or the same total and zeros. (The sum is a part of the branch so that it is
+    taken where its summand is made: a head's gradient is as large as the head.)"""
+    _, results = jax.eval_shape(added, total)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
+    return jax.lax.cond(needed, added, lambda total: (total, zeros), total)
+
+
 def _normalised(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the targets, entropy and logsumexp of logits [..., V], in one pass over them."""
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -157,8 +165,12 @@ def _chunked_bwd(chunk, of_logits, saved, cotangents):
 
     def one_chunk(d_kernel, rows):
         needed, *arrays = rows
-        d_hidden, more, d_temperature = _where_needed(jnp.any(needed), compute, *arrays)
-        return d_kernel + more, (d_hidden, d_temperature)
+
+        def added(d_kernel):
+            d_hidden, more, d_temperature = compute(*arrays)
+            return d_kernel + more, (d_hidden, d_temperature)
+
+        return _added_where(jnp.any(needed), added, d_kernel)
 
     rows = _split_positions((needed, hidden, targets, norms, entropies, d_logps, d_entropies), chunk)
     d_kernel, (d_hidden, d_temperature) = jax.lax.scan(one_chunk, jnp.zeros_like(kernel), rows)
@@ -204,9 +216,11 @@ def _weighted_fwd(hidden, kernel, targets, weights, chunk, of_logits):
         return logps, entropies, *back(d)
 
     def one_chunk(d_kernel, rows):
-        weights = rows[-1]
-        *out, more = _where_needed(jnp.any(weights != 0), compute, *rows)
-        return d_kernel + more, out
+        def added(d_kernel):
+            *out, more = compute(*rows)
+            return d_kernel + more, out
+
+        return _added_where(jnp.any(rows[-1] != 0), added, d_kernel)
 
     rows = _split_positions((hidden, targets, weights), chunk)
     d_kernel, out = jax.lax.scan(one_chunk, jnp.zeros_like(kernel), rows)

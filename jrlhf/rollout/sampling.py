@@ -10,7 +10,7 @@ import numpy as np
 
 from jrlhf.config import UserError, no_fingerprint
 from jrlhf.models.attention import platform
-from jrlhf.sharding import RULES
+from jrlhf.sharding import RULES, constrain
 
 NEG = -1e30  # a logit that is never sampled; finite, so that no NaN can come of it
 CANDIDATES = 256  # of each row's largest logits, which mostly decide top-k and top-p
@@ -216,12 +216,14 @@ def inverse_cdf(logits_BV: jax.Array, uniform_B: jax.Array, block: int = 256) ->
     x = logits_BV.reshape(b, parts, each)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -each % width)), constant_values=NEG)
     p = jnp.exp(x - jnp.max(x, axis=(1, 2), keepdims=True)).reshape(b, -1, width)
-    block_sum_BN = jnp.sum(p, axis=-1)
+    # Whole on each device: a running sum over what is split goes from neighbour to neighbour, for which XLA has all
+    # devices of a CPU wait for one another, also those whose rows have ended.
+    block_sum_BN = constrain(jnp.sum(p, axis=-1), "batch", None)
     cum_BN = jnp.cumsum(block_sum_BN, axis=-1)
     target_B = uniform_B * cum_BN[:, -1]
     n_B = _first_above(cum_BN, block_sum_BN, target_B)
     before_B = jnp.take_along_axis(cum_BN - block_sum_BN, n_B[:, None], 1)[:, 0]
-    p_BW = jnp.take_along_axis(p, n_B[:, None, None], axis=1)[:, 0]
+    p_BW = constrain(jnp.take_along_axis(p, n_B[:, None, None], axis=1)[:, 0], "batch", None)
     w_B = _first_above(jnp.cumsum(p_BW, axis=-1), p_BW, target_B - before_B)
     blocks = p.shape[1] // parts
     return (n_B // blocks * each + n_B % blocks * width + w_B).astype(jnp.int32)

@@ -406,7 +406,7 @@ def test_a_checkpoint_comes_after_the_policy_that_it_would_go_back_to(tmp_path, 
     def slow(self, *args):
         time.sleep(0.3 * (self.folder.name == "best"))
         commit(self, *args)
-        committed.append((self.folder.name, args[1]["step"]))
+        committed.append((self.folder.name, args[0]["step"]))
 
     monkeypatch.setattr(Checkpointer, "_commit", slow)
     ctx = StageContext("x", STAGE, tmp_path, {}, {}, 0, MeshConfig(), QUIET, tmp_path)
