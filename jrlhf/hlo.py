@@ -367,11 +367,11 @@ SPLASH = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 
 
 def _splash_product(instruction: Instruction, named: Mapping[str, Instruction]) -> float:
-    """FLOPs of one such product, causal: of [B, N, T, H] queries with the half of the S keys of [B, K, S, H]."""
-    wide = [named[o].shapes[0] for o in instruction.operands if o in named]
-    queries, keys = [s.dims for s in wide if len(s.dims) == 4 and s.dtype in ("bf16", "f32")][:2]
-    b, n, t, h = queries
-    return 2.0 * b * n * t * h * (keys[2] - t / 2 if keys[2] > t else keys[2] / 2)
+    """FLOPs of one such product, causal: of queries [.., N, T, H] with the half of the S keys [.., K, S, H]."""
+    arrays = [named[o].shapes[0] for o in instruction.operands if o in named]
+    queries, keys = [s.dims for s in arrays if len(s.dims) > 2 and s.dtype in ("bf16", "f32")][:2]
+    t, s = queries[-2], keys[-2]
+    return 2.0 * math.prod(queries) * (s - t / 2)
 
 
 def flops(instruction: Instruction, named: Mapping[str, Instruction]) -> float:
